@@ -1,0 +1,69 @@
+"""Documents packed end to end into rows of one length, with segment ids that keep them apart.
+
+Shape letters: S = T + 1 tokens of a row, whose first T are the inputs and last T the targets; N documents.
+"""
+
+import numpy as np
+
+from infinicontext.data.corpora import Corpus
+
+
+class PackedRows:
+    """Random access to the rows of a corpus; nothing is copied but the row asked for.
+
+    The documents, in a shuffled or in their own order, make one stream of tokens. Row i is stream[i T : i T + T + 1]: the last
+    token of a row is the first of the next, so each token of the stream but the first is a target once.
+    """
+
+    def __init__(self, corpus: Corpus, length: int, seed: int | None = None):
+        """Packs `corpus` into rows of `length` inputs; documents are shuffled by `seed`, or keep their order if it is None."""
+        self.corpus = corpus
+        self.length = length
+        self.order_N = np.arange(len(corpus)) if seed is None else np.random.default_rng(seed).permutation(len(corpus))
+        lengths_N = np.diff(corpus.starts)[self.order_N]
+        self.ends_N = np.cumsum(lengths_N)
+        # In the stream, document n of the order is shifted by this from where it stands in the corpus.
+        self.shift_N = corpus.starts[:-1][self.order_N] - (self.ends_N - lengths_N)
+        self.total = len(corpus.tokens)
+
+    def __len__(self) -> int:
+        """Rows that hold all tokens; only the last may be part padding."""
+        return max(1, -(-(self.total - 1) // self.length))
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Row i.
+
+        Returns:
+          tokens: int32 [S]; 0 where padding, which only ends the last row.
+          segment_ids: int32 [S], the documents of the row numbered from 1; 0 means padding.
+          loss_mask: float32 [T], 1 where the target (token t + 1) continues the document of token t.
+          answer_mask: float32 [T], zeros: a corpus asks no questions.
+
+        Raises:
+          IndexError: there is no such row.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        begin = i * self.length
+        place_S = np.arange(begin, min(begin + self.length + 1, self.total))
+        # Empty documents end where they begin, so no place falls in one.
+        document_S = np.searchsorted(self.ends_N, place_S, side="right")
+        tokens_S = self.corpus.tokens[place_S + self.shift_N[document_S]]
+        segment_S = np.cumsum(np.diff(document_S, prepend=document_S[:1]) > 0) + 1
+        padding = (0, self.length + 1 - len(place_S))
+        segment_S = np.pad(segment_S, padding).astype(np.int32)
+        return {
+            "tokens": np.pad(tokens_S.astype(np.int32), padding),
+            "segment_ids": segment_S,
+            "loss_mask": ((segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)).astype(np.float32),
+            "answer_mask": np.zeros(self.length, np.float32),
+        }
+
+
+def sequential_index(step: int, row: int, batch_size: int, rows: int) -> int:
+    """Which packed row stands in row `row` of batch `step` when documents are read on from batch to batch.
+
+    Each row of the batch walks the whole stream from its own starting point, evenly spaced, so row b at step s + 1 continues row b
+    at step s (except from the last row of the stream to the first), and rows / batch_size steps see everything once.
+    """
+    return (row * rows // batch_size + step) % rows

@@ -1,0 +1,204 @@
+"""Batches for training and validation as pure functions of (data config, seed, step).
+
+The position in the data is the step number and nothing else, so a run resumes by asking for the next step, with any number of
+processes: at each step the processes' rows together are the same global batch.
+
+Shape letters: B rows of a batch, T inputs of a row, S = T + 1 tokens of a row. Every batch is a dict of
+  tokens int32 [B S], segment_ids int32 [B S] (documents numbered from 1 in each row, 0 = padding),
+  loss_mask float32 [B T] (1 where the target is of the same document), answer_mask float32 [B T] (1 where the target is an answer).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
+
+import grain
+import numpy as np
+
+from infinicontext.data.corpora import load_corpus
+from infinicontext.data.packing import PackedRows, sequential_index
+from infinicontext.data.passkey import passkey_sample
+from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
+from infinicontext.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Order = Literal["shuffled", "sequential"]
+STEPS = 2**40  # more steps or rows than any run has
+TRAINING, VALIDATION = 0, 1  # passkey samples come from disjoint random streams
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusData:
+    """Next-token prediction on documents packed into rows.
+
+    Attributes:
+      source: see `corpora.documents`.
+      tokenizer: see `tokenizers.load_tokenizer`.
+      length: T.
+      order: "shuffled" draws packed rows at random, each once per epoch; "sequential" reads documents in corpus order, row b of a
+        batch continuing row b of the batch before (for models that carry their state from step to step).
+      validation_fraction: share of documents kept for validation, decided by the hash of their text.
+    """
+
+    source: str = "python"
+    tokenizer: str = "bytes"
+    length: int = 512
+    order: Order = "shuffled"
+    validation_fraction: float = 0.05
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise UserError(f"data.length is {self.length}; it must be 1 or more")
+        if self.order not in get_args(Order):
+            raise UserError(f'data.order is "{self.order}"; it must be one of {", ".join(get_args(Order))}')
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyData:
+    """The passkey task with keys at uniformly random depths, on a curriculum of lengths.
+
+    Attributes:
+      tokenizer: see `tokenizers.load_tokenizer`.
+      lengths: T of each stage. A later stage has fewer rows per batch, so that tokens per batch stay about constant.
+      stage_steps: steps spent at each length but the last, which has no end.
+      digits: decimal digits of the key.
+    """
+
+    tokenizer: str = "passkey"
+    lengths: tuple[int, ...] = (256,)
+    stage_steps: tuple[int, ...] = ()
+    digits: int = 5
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError(f"data.lengths is {self.lengths}; it must be one or more lengths of at least 1")
+        if len(self.stage_steps) != len(self.lengths) - 1 or min(self.stage_steps, default=1) < 1:
+            raise UserError(
+                f"data.stage_steps is {self.stage_steps}; for data.lengths {self.lengths} it must be "
+                f"{len(self.lengths) - 1} numbers of steps, each 1 or more"
+            )
+        if not 1 <= self.digits <= 18:
+            raise UserError(f"data.digits is {self.digits}; it must be from 1 to 18")
+
+    def length_at(self, step: int) -> int:
+        """T at a step."""
+        return self.lengths[np.searchsorted(np.cumsum(self.stage_steps), step, side="right")]
+
+    def rows_at(self, step: int, batch_size: int, multiple: int) -> int:
+        """B at a step: `batch_size` at the first length, then a multiple of `multiple` for about as many tokens."""
+        rows = batch_size * self.lengths[0] // self.length_at(step)
+        return max(multiple, rows // multiple * multiple)
+
+
+def train_batches(
+    data: CorpusData | PasskeyData,
+    batch_size: int,
+    *,
+    seed: int,
+    step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    divisor: int = 1,
+) -> Iterator[Batch]:
+    """This process's part of the global batches `step`, `step + 1`, ... without end, read ahead by two threads.
+
+    Args:
+      data: what to read.
+      batch_size: rows of the global batch (of the first stage of a curriculum).
+      seed: 0 to 2^32 - 1, decides the order of a corpus and the keys and depths of the passkey task.
+      step: where to begin; a run that starts anew begins at 0.
+      process_index: this process among `process_count`; rows are dealt out in turn.
+      process_count: how many processes read the same data.
+      divisor: every global batch has a multiple of this many rows (`sharding.batch_divisor`).
+
+    Raises:
+      UserError: `batch_size` cannot be divided, `seed` is out of range, or the tokenizer or the source is not usable.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
+    multiple = math.lcm(divisor, process_count)
+    if batch_size < 1 or batch_size % multiple:
+        raise UserError(
+            f"batch_size is {batch_size}; it must be a multiple of {multiple} ({process_count} processes, {divisor} shards of the batch)"
+        )
+    tokenizer = load_tokenizer(data.tokenizer)
+    if isinstance(data, PasskeyData):
+        _check_lengths(data, tokenizer)
+
+        def passkey_batch(step: int) -> Batch:
+            rows = range(process_index, data.rows_at(step, batch_size, multiple), process_count)
+            return _passkey_rows(data, tokenizer, data.length_at(step), rows, (TRAINING, seed, step))
+
+        batches = grain.MapDataset.range(STEPS).map(passkey_batch)
+    else:
+        corpus = load_corpus(data.source, tokenizer, "train", data.validation_fraction)
+        if data.order == "sequential":
+            packed = PackedRows(corpus, data.length)
+
+            def sequential_batch(step: int) -> Batch:
+                rows = range(process_index, batch_size, process_count)
+                return _stack(packed[sequential_index(step, row, batch_size, len(packed))] for row in rows)
+
+            batches = grain.MapDataset.range(STEPS).map(sequential_batch)
+        else:
+            packed = PackedRows(corpus, data.length, seed)
+            # Not repeat() without a number: the length it claims overflows in batches of one row.
+            rows = grain.MapDataset.source(packed).seed(seed).shuffle().repeat(-(-STEPS // len(packed)))
+            batches = rows[process_index::process_count].batch(batch_size // process_count)
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    grain.experimental.set_next_index(iterator, step)
+    return iterator
+
+
+def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: int, seed: int) -> list[Batch]:
+    """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
+
+    A corpus gives rows of its validation split, with its documents shuffled by `seed`; if there are too few, fewer batches, the
+    last filled up with rows of padding. The passkey task gives fresh samples of the last length.
+
+    Raises:
+      UserError: the tokenizer or the source is not usable, or the validation split is empty.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    if isinstance(data, PasskeyData):
+        _check_lengths(data, tokenizer)
+        return [_passkey_rows(data, tokenizer, data.lengths[-1], range(batch_size), (VALIDATION, seed, i)) for i in range(count)]
+    packed = PackedRows(load_corpus(data.source, tokenizer, "validation", data.validation_fraction), data.length, seed)
+    padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
+    count = min(count, -(-len(packed) // batch_size))
+    return [
+        _stack(packed[row] if row < len(packed) else padding for row in range(i * batch_size, (i + 1) * batch_size)) for i in range(count)
+    ]
+
+
+def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:
+    """Fails before the first step rather than at the stage whose length is too small."""
+    for length in data.lengths:
+        try:
+            passkey_sample(tokenizer, length + 1, 0.5, np.random.default_rng(0), data.digits)
+        except UserError as error:
+            raise UserError(f"data.lengths holds {length}, for samples of {length + 1} tokens: {error}") from error
+
+
+def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: range, key: tuple[int, ...]) -> Batch:
+    """Passkey samples, each a function of (key, row) alone."""
+
+    def one(row: int) -> Batch:
+        rng = np.random.default_rng((*key, row))
+        tokens_S, answer_start = passkey_sample(tokenizer, length + 1, rng.random(), rng, data.digits)
+        return {
+            "tokens": tokens_S,
+            "segment_ids": np.ones_like(tokens_S),
+            "loss_mask": np.ones(length, np.float32),
+            "answer_mask": (np.arange(1, length + 1) >= answer_start).astype(np.float32),
+        }
+
+    return _stack(one(row) for row in rows)
+
+
+def _stack(rows: Iterable[Batch]) -> Batch:
+    rows = list(rows)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,28 @@
+"""Settings for all tests: eight CPU devices, strict dtype and rank promotion, one compilation cache for the whole suite."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    """The folder of reference data: INFINICONTEXT_GOLDEN, or the one beside the tests."""
+    return pathlib.Path(os.environ.get("INFINICONTEXT_GOLDEN", pathlib.Path(__file__).parent / "golden"))
+
+
+@pytest.fixture
+def float64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
