@@ -1,0 +1,261 @@
+"""The command line: train, eval, sweep, compare, info.
+
+A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+import jax
+import tyro
+
+from infinicontext import models, sharding
+from infinicontext.errors import UserError
+from infinicontext.evaluation.suite import evaluate
+from infinicontext.experiment import Experiment, differences
+from infinicontext.models.streaming import abstract_state_bytes
+from infinicontext.nn.parameters import parameter_count
+from infinicontext.training.checkpoint import Checkpoints
+from infinicontext.training.loop import check_vocabulary, describe_step, enable_compilation_cache, make_steps, train
+from infinicontext.training.run_folder import load_config, versions, write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `infinicontext` command."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        parser = make_parser()
+        options, overrides = parser.parse_known_args(arguments)
+        if overrides and not options.takes_overrides:
+            parser.error(f"unknown argument {overrides[0]}")
+        options.overrides, options.line = overrides, shlex.join(["infinicontext", *arguments])
+        options.run(options)
+    except UserError as error:
+        print(f"infinicontext: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Commands and their own options; what they do not know are overrides of an experiment's fields."""
+    parser = argparse.ArgumentParser(prog="infinicontext", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not takes_overrides)
+        command.set_defaults(run=run, takes_overrides=takes_overrides)
+        return command
+
+    fields = "any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help lists them"
+    command = add("train", run_train, f"train an experiment, or resume it; {fields}", takes_overrides=True)
+    command.add_argument("experiment", help="FILE.py:FUNCTION, as in experiments/passkey.py:full")
+    command.add_argument("--workdir", type=pathlib.Path, help="the run folder, new or to be resumed")
+    command.add_argument("--allow-config-change", action="store_true", help="resume although the experiment has changed")
+    command.add_argument("--profile", action="store_true", help="write a profile of three steps to WORKDIR/profile")
+    command.add_argument("--distributed", action="store_true", help="one of several processes: call jax.distributed.initialize() first")
+
+    command = add("eval", run_eval, f"evaluate a run's newest checkpoint; {fields} of its config", takes_overrides=True)
+    command.add_argument("folder", type=pathlib.Path, help="a run folder")
+    command.add_argument("--tasks", nargs="+", help="perplexity, passkey; default: the experiment's")
+    command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
+    command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
+    command.add_argument("--step", type=int, help="the checkpoint; default: the newest")
+
+    command = add("sweep", run_sweep, f"train and evaluate a list of experiments; {fields} of all of them", takes_overrides=True)
+    command.add_argument("experiments", help="FILE.py:FUNCTION, a function that returns a list of experiments")
+    command.add_argument("--workdir", type=pathlib.Path, help="gets one run folder for each experiment")
+    command.add_argument("--allow-config-change", action="store_true", help="resume although an experiment has changed")
+
+    command = add("compare", run_compare, "a table, plots and a report of several runs")
+    command.add_argument("folders", type=pathlib.Path, nargs="+", help="run folders")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
+
+    command = add("info", run_info, f"devices and versions, and what an experiment needs; {fields}", takes_overrides=True)
+    command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION or a run folder")
+    return parser
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """infinicontext train FILE.py:FUNCTION --workdir RUN [--field value ...]"""
+    experiment = override(one_experiment(options.experiment), options)
+    workdir = require_workdir(options)
+    if options.distributed:
+        jax.distributed.initialize()
+    train(experiment, workdir, allow_config_change=options.allow_config_change, profile=options.profile, command=options.line)
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    """infinicontext eval RUN [--tasks ...] [--lengths ...] [--output FILE]"""
+    tasks = [] if options.tasks is None else ["--evaluation.tasks", *options.tasks]
+    lengths = [] if options.lengths is None else ["--evaluation.lengths", *(str(parse_length(text)) for text in options.lengths)]
+    trained = load_config(options.folder)
+    options.overrides = tasks + lengths + options.overrides
+    experiment = override(trained, options)
+    if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
+        raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
+    evaluate_run(experiment, options.folder, options.output or options.folder / "eval.json", options.step)
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    """infinicontext sweep FILE.py:FUNCTION --workdir FOLDER [--field value ...]"""
+    experiments = load(options.experiments)
+    if not isinstance(experiments, list) or not all(isinstance(item, Experiment) for item in experiments):
+        raise UserError(f"{options.experiments} does not return a list of experiments; use infinicontext train for a single one")
+    experiments = [override(experiment, options) for experiment in experiments]
+    workdir = require_workdir(options)
+    for number, experiment in enumerate(experiments, 1):
+        folder = workdir / experiment.name
+        print(f"[{number}/{len(experiments)}] {folder}", file=sys.stderr)
+        finished = train(experiment, folder, allow_config_change=options.allow_config_change, command=options.line)
+        if not finished:
+            return
+        if not (folder / "eval.json").exists():
+            evaluate_run(experiment, folder, folder / "eval.json")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """infinicontext compare RUN ... --output FOLDER"""
+    # Here, because matplotlib takes a second to import and no other command needs it.
+    from infinicontext.evaluation.report import compare
+
+    compare(options.folders, options.output)
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """infinicontext info [FILE.py:FUNCTION or RUN] [--field value ...]"""
+    print("\n".join(f"{name:17} {version}" for name, version in versions().items()))
+    print(f"devices           {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)")
+    if options.experiment is None:
+        return
+    folder = pathlib.Path(options.experiment)
+    experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options)
+    check_vocabulary(experiment)
+    enable_compilation_cache(experiment)
+    model = models.abstract(experiment.model)
+    print(f"\nexperiment        {experiment.name}\nparameters        {parameter_count(model):,}")
+    for length in experiment.evaluation.lengths:
+        print(f"state, {length:>9,}  {abstract_state_bytes(model, length):,} bytes per sequence")
+    mesh = sharding.make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        init, train_step, _, where = make_steps(experiment, mesh)
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+        length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
+        rows = experiment.data.rows_at(experiment.steps, experiment.batch_size, 1) if hasattr(experiment.data, "rows_at") else experiment.batch_size
+        shapes = {"tokens": (length + 1, "int32"), "segment_ids": (length + 1, "int32"), "loss_mask": (length, "float32"), "answer_mask": (length, "float32")}
+        batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
+        print(describe_step(train_step.lower(like, batch).compile(), experiment, model, (rows, length + 1)))
+
+
+def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
+    """Evaluates a checkpoint of a run and writes the result."""
+    enable_compilation_cache(experiment)
+    mesh = sharding.make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        _, _, validation_loss, where = make_steps(experiment, mesh)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), models.abstract(experiment.model), where.model)
+        checkpoints = Checkpoints(folder, experiment.keep_checkpoints)
+        try:
+            step, model = checkpoints.restore_model(like, step)
+        finally:
+            checkpoints.close()
+        result = evaluate(
+            model,
+            experiment.evaluation,
+            experiment.data,
+            validation_loss,
+            batch_size=experiment.batch_size,
+            batches=experiment.validation_batches,
+            seed=experiment.seed,
+            say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
+        )
+    train_length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
+    record = {"run": experiment.name, "step": step, "parameters": parameter_count(model), "train_length": train_length} | result
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, record)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    print(output)
+
+
+def load(reference: str):
+    """What FILE.py:FUNCTION returns.
+
+    Raises:
+      UserError: no such file or function.
+    """
+    file, separator, name = reference.rpartition(":")
+    if not separator or not file.endswith(".py"):
+        raise UserError(f"experiment {reference} is not of the form FILE.py:FUNCTION")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f"experiment {reference}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"]
+    if name not in functions:
+        close = difflib.get_close_matches(name, functions, n=1)
+        raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
+    return getattr(module, name)()
+
+
+def one_experiment(reference: str) -> Experiment:
+    """The experiment that FILE.py:FUNCTION returns."""
+    experiment = load(reference)
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{reference} does not return one experiment; use infinicontext sweep for a list")
+    return experiment
+
+
+def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
+    """The experiment with fields changed by the command line.
+
+    Raises:
+      UserError: an unknown field (with the nearest name) or a value of the wrong type.
+    """
+    if any(flag in options.overrides for flag in ("-h", "--help")):
+        make_parser()._subparsers._group_actions[0].choices[options.line.split()[1]].print_help()
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[type(experiment)], default=experiment, args=options.overrides, config=(tyro.conf.FlagConversionOff,)
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        lines = [re.sub(r"^[│╭╰].*?(\w.*|-+\S.*)?\s*│?$", r"\1", line).strip(" │─╭╮╰╯") for line in message.getvalue().splitlines()]
+        raise UserError(" ".join(line for line in lines if line)) from None
+
+
+def require_workdir(options: argparse.Namespace) -> pathlib.Path:
+    """--workdir, which argparse cannot require because --help lists the fields of the experiment."""
+    if options.workdir is None:
+        raise UserError("--workdir is missing; it names the folder for the run")
+    return options.workdir
+
+
+def parse_length(text: str) -> int:
+    """512, 64k (65,536) or 1m (1,048,576).
+
+    Raises:
+      UserError: none of these forms.
+    """
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if not match or int(match[1]) < 1:
+        raise UserError(f"length {text} is not a number of tokens such as 512, 64k or 1m")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+
+
+if __name__ == "__main__":
+    main()

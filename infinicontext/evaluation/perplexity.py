@@ -1,0 +1,154 @@
+"""Perplexity by context length and by position, beside n-gram baselines on the same tokens.
+
+Shape letters: B documents, L tokens read, T tokens of one call.
+"""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+
+from infinicontext.data.corpora import Corpus
+from infinicontext.data.tokenizers import Tokenizer
+from infinicontext.errors import UserError
+from infinicontext.models.streaming import Model, read
+from infinicontext.objectives.next_token import token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityEvaluation:
+    """Which tokens are scored."""
+
+    documents: int = 8  # at most, the first long enough ones of the validation split
+    scored: int = 256  # the last tokens of each document's prefix, the same at every context length
+
+    def __post_init__(self):
+        for name in ("documents", "scored"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.perplexity.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+def stream_losses(model: Model, tokens_BS: jax.Array, *, segment: int) -> jax.Array:
+    """The loss of each token after the first, read in one stream from an empty state: tokens_BS int32 -> losses_BL float32, L = S - 1."""
+    inputs_BL, targets_BL = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    state = model.init_state(*inputs_BL.shape)
+    return read(model, inputs_BL, state, segment=segment, visit=token_losses, extra=targets_BL)[0]
+
+
+def evaluate_perplexity(
+    model: Model,
+    corpus: Corpus,
+    config: PerplexityEvaluation,
+    lengths: list[int],
+    *,
+    longest: int,
+    segment: int,
+    say=lambda line: None,
+) -> dict:
+    """The same tokens scored with more and more context, and all tokens by position.
+
+    Args:
+      model: any model with the corpus's vocabulary.
+      corpus: documents the model was not trained on.
+      config: how many documents and tokens.
+      lengths: context lengths to read.
+      longest: the longest length of the comparison, which decides the documents even where this model cannot read that far.
+      segment: tokens per call.
+      say: told of progress, a line per length.
+
+    Returns:
+      protocol; by_length: nll (nats per token), perplexity, a 95% interval over documents, speed; by_position: nll in buckets [2^i, 2^(i+1))
+      of the longest pass; skipped: lengths with the reason.
+    """
+    sizes = np.diff(corpus.starts)
+    # Documents as long as the comparison; if there are none, as long as the longest document allows.
+    reach = min(longest, int(sizes.max()) - 1)
+    chosen = np.flatnonzero(sizes > reach)[: config.documents]
+    tokens_BS = np.stack([corpus.document(i)[: reach + 1] for i in chosen])
+    result = {
+        "protocol": (
+            f"The last {config.scored} of the first {reach + 1} tokens of {len(chosen)} validation document(s) are scored after reading L tokens "
+            "that end with them, in one stream from an empty state: the same tokens at every L. By position: all tokens of the longest such pass."
+        ),
+        "by_length": [],
+        "by_position": [],
+        "skipped": [],
+    }
+    run = jax.jit(stream_losses, static_argnames="segment")
+    for length in sorted(lengths):
+        if length > reach:
+            result["skipped"].append({"length": length, "reason": f"the longest validation document has {reach + 1} tokens"})
+            continue
+        if length < config.scored:
+            result["skipped"].append({"length": length, "reason": f"shorter than the {config.scored} tokens that are scored"})
+            continue
+        part_BS = tokens_BS[:, reach - length :]
+        compiled = run.lower(model, part_BS, segment=segment).compile()
+        clock = time.perf_counter()
+        losses_BL = np.asarray(compiled(model, part_BS))
+        seconds = time.perf_counter() - clock
+        nll_B = losses_BL[:, -config.scored :].mean(axis=1)
+        nll, error = float(nll_B.mean()), float(nll_B.std(ddof=1) / math.sqrt(len(nll_B))) if len(nll_B) > 1 else math.nan
+        result["by_length"].append(
+            {
+                "length": length,
+                "nll": nll,
+                "perplexity": math.exp(nll),
+                "interval": [nll - 1.96 * error, nll + 1.96 * error] if len(nll_B) > 1 else None,
+                "tokens": int(nll_B.size * config.scored),
+                "documents": len(chosen),
+                "seconds": seconds,
+                "tokens_per_second": losses_BL.size / seconds,
+            }
+        )
+        result["by_position"] = [
+            {"from": start, "to": min(2 * start, length + 1), "nll": float(bucket.mean()), "tokens": int(bucket.size)}
+            for start in (2**i for i in range(length.bit_length()))
+            if (bucket := losses_BL[:, start - 1 : 2 * start - 1]).size
+        ]
+        say(f"perplexity length {length}: {math.exp(nll):.3f} ({nll:.4f} nats), {losses_BL.size / seconds:,.0f} tokens/s")
+    return result
+
+
+def ngram_losses(corpus: Corpus, vocab_size: int, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Unigram and bigram models of the training split, in nats per token on the same targets as the validation loss.
+
+    The unigram has one count added to each token; the bigram is interpolated with it, p(b|a) = (count(a, b) + p(b)) / (count(a) + 1).
+
+    Args:
+      corpus: the training split.
+      vocab_size: V.
+      batches: validation batches (data/pipeline.py).
+    """
+    previous, target = [], []
+    for batch in batches:
+        counts = batch["loss_mask"] > 0
+        previous.append(batch["tokens"][:, :-1][counts])
+        target.append(batch["tokens"][:, 1:][counts])
+    previous, target = np.concatenate(previous).astype(np.int64), np.concatenate(target).astype(np.int64)
+
+    tokens = corpus.tokens.astype(np.int64)
+    single = np.bincount(tokens, minlength=vocab_size)
+    unigram = (single + 1) / (single.sum() + vocab_size)
+    inside = np.ones(len(tokens), bool)
+    inside[corpus.starts[:-1][np.diff(corpus.starts) > 0]] = False
+    pairs, pair_counts = np.unique(tokens[:-1][inside[1:]] * vocab_size + tokens[1:][inside[1:]], return_counts=True)
+    wanted = previous * vocab_size + target
+    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    pair = np.where(pairs[at] == wanted, pair_counts[at], 0)
+    context = np.zeros(vocab_size, np.int64)
+    np.add.at(context, pairs // vocab_size, pair_counts)
+    bigram = (pair + unigram[target]) / (context[previous] + 1)
+    return {"unigram": float(-np.log(unigram[target]).mean()), "bigram": float(-np.log(bigram).mean())}
+
+
+def bits_per_byte(nll: float, tokenizer: Tokenizer, batches: list[dict[str, np.ndarray]]) -> float:
+    """A mean loss per target of the batches, in nats, as bits per byte of the targets' text."""
+    size = tokens = 0
+    for batch in batches:
+        for row, mask in zip(batch["tokens"][:, 1:], batch["loss_mask"]):
+            size += len(tokenizer.decode(row[mask > 0]).encode())
+            tokens += int(mask.sum())
+    return nll * tokens / (math.log(2) * max(size, 1))

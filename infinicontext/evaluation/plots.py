@@ -1,0 +1,365 @@
+"""The pictures of a comparison: loss, perplexity, passkey, state size and speed of several runs side by side.
+
+`draw` makes every picture that there is data for. Losses and perplexities are drawn together only for runs that read the same
+data in the same tokens. A run has one colour and one marker in all pictures. Figures are six inches wide, so that their letters
+can still be read on a telephone; what has several panels stacks them.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import BinaryIO, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from infinicontext.evaluation.run_folder import Run
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C3E")  # Okabe and Ito's, and a brown
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # nine beside eight colours: a pair comes again after 72 runs
+LINES = ("-", "--", "-.")
+GRAY = "#6b7280"
+ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#F0496E", "#EBB839", "#0CD79F"]).with_extremes(bad="#d1d5db")
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.07,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "savefig.dpi": 160,
+    "text.parse_math": False,  # a run may have dollar signs in its name
+}
+
+
+class Plot(NamedTuple):
+    """One picture. `file` is its name without ".png"; `task` is the evaluation that it shows, None if it shows none."""
+
+    file: str
+    title: str
+    note: str
+    task: str | None
+    runs: list[Run]
+    figure: Figure
+
+
+def length_label(tokens: int) -> str:
+    """65536 -> "64k", 1048576 -> "1M" (powers of 1024); a length that is no whole multiple is written out."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return f"{tokens:,}"
+
+
+def count_label(count: float) -> str:
+    """1234567 -> "1.23M" (powers of 1000)."""
+    return _scaled(count, 1000, ("", "k", "M", "G", "T"))
+
+
+def bytes_label(size: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while number >= base - 0.5 and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return (f"{number:.3g}" if number < 999.5 else f"{number:.0f}") + units[power]
+
+
+def perplexity(nll: float) -> float:
+    """exp(nats per token), inf where that overflows: the nll of a run that diverged can be large."""
+    return math.inf if nll > 700 else math.exp(nll)
+
+
+def by_group(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Runs with equal keys together, in the order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def baselines(runs: Iterable[Run]) -> dict[tuple[str, float], None]:
+    """(name, nats per token) of the n-gram models that the runs were measured against, each once and in order."""
+    return dict.fromkeys(pair for run in runs for pair in run.task("perplexity").get("baselines", {}).items() if pair[1] is not None)
+
+
+def draw(runs: list[Run]) -> list[Plot]:
+    """Every picture for which at least one run has data, in the order of the report."""
+    with matplotlib.rc_context(STYLE):
+        found = [_loss(group, data) for data, group in by_group(runs, lambda run: run.data).items()]
+        corpora = by_group([run for run in runs if run.task("perplexity")], _corpus).items()
+        found += [_perplexity_by_length(group, corpus) for corpus, group in corpora]
+        found += [_perplexity_by_position(group, corpus) for corpus, group in corpora]
+        found += [_passkey_map(runs), _passkey_by_length(runs), _state_bytes(runs), _train_speed(runs)]
+        found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
+    plots: list[Plot] = []
+    for plot in filter(None, found):
+        same = sum(other.file.startswith(plot.file) for other in plots)
+        plots.append(plot._replace(file=f"{plot.file}-{same + 1}") if same else plot)
+    return plots
+
+
+def write_png(figure: Figure, target: BinaryIO) -> None:
+    """Renders a figure that `draw` made. Equal figures give equal bytes."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(target, format="png")
+
+
+def _corpus(run: Run) -> str:
+    results = run.task("perplexity")
+    tokenizer = results.get("tokenizer")
+    return results.get("corpus", "unnamed corpus") + (f" ({tokenizer})" if tokenizer else "")
+
+
+def _finite(points: Iterable[tuple]) -> list[tuple]:
+    return [point for point in points if all(x is not None and math.isfinite(x) for x in point)]
+
+
+def _look(run: Run) -> dict:
+    line = LINES[run.number // len(COLORS) % len(LINES)]
+    return {"color": COLORS[run.number % len(COLORS)], "marker": MARKERS[run.number % len(MARKERS)], "linestyle": line}
+
+
+def _panels(heights: list[float]) -> tuple[Figure, list[Axes]]:
+    """Axes one above the other, with heights in inches that include titles and labels."""
+    figure = Figure(figsize=(6, sum(heights)), layout="constrained")
+    return figure, list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+
+
+def _legend(figure: Figure, runs: list[Run], others: list[Line2D]) -> None:
+    """Below the axes. The figure grows by the height of the legend, so the axes keep theirs."""
+    handles = [Line2D([], [], label=run.name, **_look(run)) for run in runs] + others
+    labels = [textwrap.fill(str(handle.get_label()), 60) for handle in handles]
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = min(3 if widest <= 16 else 2 if widest <= 28 else 1, len(handles))
+    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+    figure.set_size_inches(6, figure.get_figheight() + 0.2 + 0.21 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _by_length(lines: list[tuple[Run, list[tuple]]], title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """Lines over a log2 axis of lengths, a dotted line at each training length.
+
+    Each run comes with points (length, value) or, with error bars, (length, value, low, high). The runs stand a little apart, so
+    that equal values do not hide each other.
+    """
+    figure, (axes,) = _panels([3.6])
+    for place, (run, points) in enumerate(lines):
+        x, y, *interval = np.array(points).T
+        aside = 2 ** (min(0.07, 0.24 / len(lines)) * (place - (len(lines) - 1) / 2))
+        error = np.maximum([y - interval[0], interval[1] - y], 0) if interval else None
+        axes.errorbar(x * aside, y, error, capsize=3, elinewidth=1.2, **_look(run))
+    lengths = [length for _, points in lines for length, *_ in points]
+    powers = range(math.floor(math.log2(min(lengths))), math.ceil(math.log2(max(lengths))) + 1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([2**power for power in powers[:: math.ceil(len(powers) / 9)]]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
+    axes.set(title=textwrap.fill(title, 60), xlabel=x_label, ylabel=y_label)
+    runs = [run for run, _ in lines]
+    trained = sorted({run.train_length for run in runs if run.train_length})
+    for length in trained:
+        axes.axvline(length, color=GRAY, linestyle=":", linewidth=1.5, zorder=1)
+    label = f"trained on {', '.join(map(length_label, trained))} tokens"
+    _legend(figure, runs, [Line2D([], [], color=GRAY, linestyle=":", linewidth=1.5, label=label)] if trained else [])
+    return figure, axes
+
+
+def _log_axis(axes: Axes, low: float, high: float, base: int, label: Callable[[float], str]) -> None:
+    """A log y axis with readable numbers, also where it spans less than a decade."""
+    decades = math.log10(high / low)
+    steps = (1,) if base == 2 or decades > 2.5 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 4, 5, 7)
+    axes.set_yscale("log", base=base)
+    axes.yaxis.set_major_locator(LogLocator(base, steps, numticks=9))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _perplexity_axis(axes: Axes, lines: list[tuple[Run, list[tuple]]]) -> None:
+    values = [value for _, points in lines for _, *values in points for value in values]
+    if max(values) > 4 * min(values):
+        _log_axis(axes, min(values), max(values), 10, lambda y: f"{y:.3g}")
+
+
+def _with_interval(entry: dict, key: str) -> tuple:
+    """(length, value, low, high); without an interval the bar has no height."""
+    return entry["length"], entry[key], *(entry.get("interval") or (entry[key],) * 2)
+
+
+def _with_points(pairs: Iterable[tuple[Run, list[tuple]]]) -> list[tuple[Run, list[tuple]]]:
+    return [(run, points) for run, points in pairs if points]
+
+
+def _loss(runs: list[Run], data: str) -> Plot:
+    runs = [run for run in runs if run.training or run.validation]
+    if not runs:
+        return None
+    title = f"Loss: {data}"
+    figure, (axes,) = _panels([3.7])
+    shown: list[float] = []
+    for run in runs:
+        look = _look(run)
+        if points := _finite((line["step"], line["loss"]) for line in run.training):
+            step, loss = np.array(points).T
+            window = np.ones(1 + len(loss) // 30)
+            smooth = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
+            axes.plot(step, loss, color=look["color"], linewidth=0.7, alpha=0.3)
+            axes.plot(step, smooth, color=look["color"], linestyle=look["linestyle"])
+            shown.extend(smooth)
+        if points := _finite((line["step"], line["validation_loss"]) for line in run.validation):
+            axes.plot(*np.array(points).T, **look | {"linestyle": ""}, markeredgecolor="white", markersize=8)
+            shown.extend(loss for _, loss in points)
+    others = []
+    for (name, nll), dashes in zip(baselines(runs), itertools.cycle([(0, (6, 3)), (0, (2, 2))])):
+        axes.axhline(nll, color=GRAY, linestyle=dashes, linewidth=1.3)
+        others.append(Line2D([], [], color=GRAY, linestyle=dashes, linewidth=1.3, label=f"{name} baseline"))
+        shown.append(nll)
+    if shown:  # single batches may stick out: showing them whole would flatten the rest
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set(title=textwrap.fill(title, 60), xlabel="training step", ylabel="loss (nats per token)")
+    _legend(figure, runs, others)
+    note = "Lines: training loss, a moving average over the single batches (thin). Markers: validation loss."
+    return Plot("loss", title, note, None, runs, figure)
+
+
+def _perplexity_by_length(runs: list[Run], corpus: str) -> Plot | None:
+    entries = {run.name: run.task("perplexity").get("by_length", []) for run in runs}
+    nlls = ((run, _finite(_with_interval(entry, "nll") for entry in entries[run.name])) for run in runs)
+    lines = _with_points((run, _finite((length, *map(perplexity, nll)) for length, *nll in points)) for run, points in nlls)
+    if not lines:
+        return None
+    title = f"Perplexity by context length: {corpus}"
+    figure, axes = _by_length(lines, title, "context length (tokens)", "perplexity per token")
+    _perplexity_axis(axes, lines)
+    note = "Lower is better. Bars: confidence interval."
+    return Plot("perplexity-by-length", title, note, "perplexity", runs, figure)
+
+
+def _perplexity_by_position(runs: list[Run], corpus: str) -> Plot | None:
+    def points(run: Run) -> list[tuple]:
+        bins = _finite((entry["from"], entry["to"], entry["nll"]) for entry in run.task("perplexity").get("by_position", []))
+        return _finite(((start + end) / 2, perplexity(nll)) for start, end, nll in bins)
+
+    lines = _with_points((run, points(run)) for run in runs)
+    if not lines:
+        return None
+    title = f"Perplexity by position: {corpus}"
+    figure, axes = _by_length(lines, title, "position in the document (tokens)", "perplexity per token")
+    _perplexity_axis(axes, lines)
+    note = "Lower is better. Each point is the mean over a range of positions; a model that uses its context falls from left to right."
+    return Plot("perplexity-by-position", title, note, "perplexity", runs, figure)
+
+
+def _passkey_map(runs: list[Run]) -> Plot | None:
+    runs = [run for run in runs if run.task("passkey").get("cells")]
+    if not runs:
+        return None
+    cells = [cell for run in runs for cell in run.task("passkey")["cells"]]
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    names = [textwrap.fill(run.name, 60) for run in runs]
+    heights = [0.6 + 0.2 * name.count("\n") + 0.27 * max(len(depths), 2) for name in names]
+    figure, (*panels, below) = _panels([*heights, 0.2])
+    figure.set_size_inches(6, sum(heights) + 1.6)
+    for run, name, axes in zip(runs, names, panels):
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for cell in run.task("passkey")["cells"]:
+            grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]  # None becomes nan
+        picture = axes.imshow(grid, cmap=ACCURACY, vmin=0, vmax=1, aspect="auto")
+        for (row, column), exact in np.ndenumerate(grid):
+            if np.isfinite(exact):
+                axes.text(column, row, f"{100 * exact:.0f}", ha="center", va="center", fontsize=10)
+        axes.grid(False)
+        axes.set_title(name, fontsize=11)
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
+        axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
+        inside = sum(length <= (run.train_length or 0) for length in lengths)
+        if 0 < inside < len(lengths):
+            axes.axvline(inside - 0.5, color="black", linestyle=":", linewidth=1.8)
+    panels[-1].set_xlabel("context length (tokens)")
+    figure.supylabel("depth of the passkey (%)", fontsize=11)
+    bar = figure.colorbar(picture, cax=below, orientation="horizontal", label="exact answers (%)")
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    title = "Passkey retrieval by length and depth"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    note = (
+        "Documents whose passkey is given back in full. To the right of a dotted line they are longer than in training. Gray: not measured."
+    )
+    return Plot("passkey-map", title, note, "passkey", runs, figure)
+
+
+def _passkey_by_length(runs: list[Run]) -> Plot | None:
+    lines = _with_points((run, _finite(_with_interval(e, "exact") for e in run.task("passkey").get("by_length", []))) for run in runs)
+    if not lines:
+        return None
+    title = "Passkey retrieval by context length"
+    figure, axes = _by_length(lines, title, "context length (tokens)", "exact answers (%)")
+    axes.set_ylim(-0.04, 1.04)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
+    note = "Mean over all depths. Bars: confidence interval."
+    return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
+
+
+def _state_bytes(runs: list[Run]) -> Plot | None:
+    lines = _with_points((run, sorted((int(n), size) for n, size in run.eval.get("state_bytes", {}).items() if size)) for run in runs)
+    if not lines:
+        return None
+    title = "State by length"
+    figure, axes = _by_length(lines, title, "tokens read", "state of one sequence (bytes)")
+    sizes = [size for _, points in lines for _, size in points]
+    _log_axis(axes, min(sizes), max(sizes), 2, bytes_label)
+    axes.set_ylim(min(sizes) / 2, max(sizes) * 2)
+    note = "What a model keeps of all it has read: level for a memory of constant size, rising with the length for full attention."
+    return Plot("state-bytes", title, note, None, runs, figure)
+
+
+def _train_speed(runs: list[Run]) -> Plot | None:
+    speeds = [(run, run.train_speed) for run in runs if run.train_speed is not None]
+    if not speeds:
+        return None
+    title = "Speed in training"
+    names = [textwrap.fill(run.name, 24) for run, _ in speeds]
+    figure, (axes,) = _panels([1.1 + sum(0.16 + 0.18 * (name.count("\n") + 1) for name in names)])
+    bars = axes.barh(range(len(names)), [speed for _, speed in speeds], color=[_look(run)["color"] for run, _ in speeds], height=0.65)
+    axes.bar_label(bars, [count_label(speed) for _, speed in speeds], padding=4)
+    axes.set_yticks(range(len(names)), names, fontsize=10)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_label(x)))
+    axes.set(title=title, xlabel="tokens per second")
+    return Plot("train-speed", title, "Median over the steps.", None, runs, figure)
+
+
+def _evaluation_speed(runs: list[Run], task: str) -> Plot | None:
+    entries = {run.name: run.task(task).get("by_length", []) for run in runs}
+    lines = _with_points((run, _finite((e["length"], e.get("tokens_per_second")) for e in entries[run.name])) for run in runs)
+    if not lines:
+        return None
+    title = f"Speed in evaluation: {task}"
+    figure, axes = _by_length(lines, title, "context length (tokens)", "tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count_label(y)))
+    return Plot(f"evaluation-speed-{task}", title, "Tokens per second of the whole evaluation.", None, runs, figure)

@@ -1,0 +1,97 @@
+"""One experiment: model, data, objective, optimizer, mesh, evaluation and budget; and its form as JSON."""
+
+import dataclasses
+import json
+import types
+import typing
+
+from infinicontext.data.pipeline import CorpusData, PasskeyData
+from infinicontext.errors import UserError
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.models import ModelConfig
+from infinicontext.objectives.next_token import NextToken
+from infinicontext.sharding import MeshConfig
+from infinicontext.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    name: str
+    model: ModelConfig
+    data: CorpusData | PasskeyData
+    objective: NextToken = NextToken()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: Evaluation = Evaluation()
+    steps: int = 1000
+    batch_size: int = 16  # rows per step over all devices
+    accumulation: int = 1  # microbatches per step; the result is the same, the memory less
+    seed: int = 0
+    log_every: int = 10
+    validation_every: int = 200
+    validation_batches: int = 8
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    compilation_cache: str = "~/.cache/infinicontext/xla"  # compiled programs, kept between runs; empty switches it off
+
+    def __post_init__(self):
+        counts = ("steps", "batch_size", "accumulation", "log_every", "validation_every", "validation_batches", "checkpoint_every", "keep_checkpoints")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"batch_size is {self.batch_size}, which is not a multiple of accumulation, {self.accumulation}")
+
+
+def to_json(config) -> str:
+    """A dataclass as JSON; each object names its class under "type", so that unions come back as they were."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {"type": type(value).__name__} | {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return json.dumps(plain(config), indent=1)
+
+
+def from_json(text: str) -> Experiment:
+    """The experiment that `to_json` wrote.
+
+    Raises:
+      UserError: a class or a field this version does not have.
+    """
+
+    def options(hint) -> list[type]:
+        return [kind for arg in typing.get_args(hint) for kind in options(arg)] if isinstance(hint, types.UnionType) else [hint]
+
+    def build(hint, value, where: str):
+        if isinstance(value, dict):
+            kinds = {kind.__name__: kind for kind in options(hint) if dataclasses.is_dataclass(kind)}
+            if value.get("type") not in kinds:
+                raise UserError(f"config: {where} has type {value.get('type')}; this version knows {', '.join(kinds)}")
+            kind = kinds[value["type"]]
+            hints = typing.get_type_hints(kind)
+            fields = {name: item for name, item in value.items() if name != "type"}
+            if unknown := fields.keys() - hints.keys():
+                raise UserError(f"config: {where} has the unknown field {min(unknown)}")
+            return kind(**{name: build(hints[name], item, f"{where}.{name}") for name, item in fields.items()})
+        if isinstance(value, list):
+            item_hint = next((typing.get_args(kind)[0] for kind in options(hint) if typing.get_origin(kind) is tuple), None)
+            return tuple(build(item_hint, item, where) for item in value)
+        return value
+
+    return build(Experiment, json.loads(text), "experiment")
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """Fields in which two experiments differ, as "optimizer.learning_rate: 0.001 -> 0.002"."""
+
+    def compare(a, b, where: str) -> list[str]:
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            prefix = where + "." if where else ""
+            return [line for field in dataclasses.fields(a) for line in compare(getattr(a, field.name), getattr(b, field.name), prefix + field.name)]
+        return [] if a == b else [f"{where}: {a} -> {b}"]
+
+    return compare(old, new, "")

@@ -1,0 +1,47 @@
+"""How parameters are made, used and stacked.
+
+A parameter carries the names of its axes as metadata (`axes`, read by sharding.py) and the name of its group (`group`, read by
+training/optimizer.py for learning rate and weight decay).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from infinicontext.sharding import RULES, constrain
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, group: str = "default") -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes, group=group)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], group: str = "default") -> nnx.Param:
+    """A float32 parameter that starts at one value: scales at 1, biases at 0."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, group=group)
+
+
+def use(parameter: nnx.Param, dtype: jnp.dtype | str) -> jax.Array:
+    """A parameter as computed with: cast, and gathered over fsdp while tensor axes stay split.
+
+    Gathering weights here instead of leaving it to the compiler moves fewer bytes: it would otherwise gather activations.
+    """
+    axes = parameter.get_metadata()["axes"]
+    return constrain(parameter[...].astype(dtype), tuple(None if RULES.get(axis) == "fsdp" else axis for axis in axes))
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """The dtype of statistics, softmax, rotations and losses: float32, or float64 where the compute dtype is float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules as one, with each parameter stacked on a leading axis: the form that lax.scan runs over."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs(), count))
+
+
+def parameter_count(tree) -> int:
+    """Number of scalars in a module (or in its abstract shape)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

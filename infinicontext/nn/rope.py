@@ -1,0 +1,291 @@
+"""Rotary position embedding (Su et al. 2021) and the ways of stretching it over longer texts.
+
+Shape letters: B batch, T time, H heads, K head size, R pairs (half of the dims that rotate; pair i is dims i and i + R).
+
+A scheme turns the frequencies base^(-i / R) into others and may give an attention factor, which multiplies cos and sin and so enters the
+attention logits squared. `rope_table` computes both on the host in float64; `rope_cos_sin` runs once per call of a model; `apply_rope` in
+every layer.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infinicontext.errors import UserError
+
+_LENGTHS = ("factor", "original_length", "length")
+# The fields each scheme reads, beside `base` and `partial`.
+_READS = {
+    "default": (),
+    "linear": _LENGTHS,
+    "ntk": _LENGTHS,
+    "dynamic": _LENGTHS,
+    "yarn": (*_LENGTHS, "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
+    "llama3": (*_LENGTHS, "low_frequency_factor", "high_frequency_factor"),
+    "longrope": (*_LENGTHS, "short_factors", "long_factors", "attention_factor", "short_attention_factor", "long_attention_factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """How positions turn queries and keys. A field that the scheme does not read must keep its default.
+
+    Schemes: `linear` position interpolation (Chen et al. 2023), `ntk` with a fixed and `dynamic` with a length-dependent base (bloc97, emozilla
+    2023), `yarn` (Peng et al. 2023), `llama3` (Llama 3.1), `longrope` with one factor per pair (Ding et al. 2024).
+
+    Raises:
+      UserError: a field is missing, superfluous or out of range.
+    """
+
+    scheme: Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    base: float = 10000.0  # the slowest pair turns about 1 / base radians per token
+    partial: float = 1.0  # share of the head dimension that rotates, rounded down to whole dims; the rest passes through
+    factor: float | None = None  # how many times longer the text gets; None: length / original_length (`dynamic` needs it)
+    original_length: int | None = None  # tokens the model was first trained on
+    length: int | None = None  # longest text the model is meant for; `dynamic` and `longrope` plan for it unless told otherwise
+    beta_fast: float = 32.0  # yarn: pairs with more turns than this in original_length keep their frequency
+    beta_slow: float = 1.0  # yarn: pairs with fewer turns than this are slowed down by the whole factor
+    truncate: bool = True  # yarn: the two bounds fall on whole pairs
+    mscale: float | None = None  # yarn: with mscale_all_dim, the attention factor is a quotient; read only if both are set and not 0
+    mscale_all_dim: float | None = None  # yarn: the quotient's lower part
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None: the scheme's formula
+    low_frequency_factor: float = 1.0  # llama3: as beta_slow
+    high_frequency_factor: float = 4.0  # llama3: as beta_fast
+    short_factors: tuple[float, ...] | None = None  # longrope: divisors of the R frequencies for texts up to original_length; None: all 1
+    long_factors: tuple[float, ...] | None = None  # longrope: divisors for longer texts
+    short_attention_factor: float | None = None  # longrope: the attention factor that goes with short_factors, if it has its own
+    long_attention_factor: float | None = None  # longrope: the same for long_factors
+
+    def __post_init__(self):
+        if self.scheme not in _READS:
+            raise UserError(f"rope.scheme is {self.scheme}; it must be one of {', '.join(_READS)}")
+
+        def require(name: str, valid: bool, allowed: str):
+            if not valid:
+                raise UserError(f"rope.{name} is {getattr(self, name)}; with rope.scheme {self.scheme} it must be {allowed}")
+
+        for field in dataclasses.fields(self):
+            if field.name not in ("scheme", "base", "partial", *_READS[self.scheme]):
+                require(field.name, getattr(self, field.name) == field.default, f"{field.default}, since nothing reads it")
+        require("base", self.base > 1, "greater than 1")
+        require("partial", 0 < self.partial <= 1, "greater than 0 and at most 1")
+        if self.scheme in ("dynamic", "yarn", "llama3", "longrope"):
+            require("original_length", self.original_length is not None, "given")
+        if self.original_length is not None:
+            require("original_length", self.original_length >= 2, "2 or more")
+        if self.length is not None:
+            require("length", self.length >= (self.original_length or 1), f"{self.original_length or 1} or more")
+        if self.factor is not None:
+            require("factor", self.factor >= 1, "1 or more")
+        elif self.scheme == "dynamic":
+            require("factor", False, "given")
+        elif self.scheme != "default":
+            require("factor", None not in (self.length, self.original_length), "given unless rope.length and rope.original_length are")
+        require("beta_slow", self.beta_slow > 0, "greater than 0")
+        require("beta_fast", self.beta_fast >= self.beta_slow, f"at least rope.beta_slow, {self.beta_slow}")
+        low = self.low_frequency_factor
+        require("low_frequency_factor", low > 0, "greater than 0")
+        require("high_frequency_factor", self.high_frequency_factor > low, f"greater than rope.low_frequency_factor, {low}")
+        require("long_factors", self.long_factors is not None or self.scheme != "longrope", "given")
+        for name in ("short_factors", "long_factors"):
+            require(name, all(factor > 0 for factor in getattr(self, name) or ()), "numbers greater than 0")
+        for name in ("attention_factor", "short_attention_factor", "long_attention_factor"):
+            value = getattr(self, name)
+            require(name, value is None or value > 0, "greater than 0")
+
+
+class RopeTable(NamedTuple):
+    """What a scheme comes to for one head size, on the host."""
+
+    inverse_frequency: np.ndarray  # float64 [R], radians per token
+    attention_factor: float  # multiplies cos and sin
+
+
+def rope_table(config: RopeConfig, head_dim: int, planned_length: int | None = None) -> RopeTable:
+    """The frequencies and the attention factor of a scheme, in float64.
+
+    `dynamic` and `longrope` depend on how long the text will get. Here that is a plan, made once for a stream, so that all its tokens turn by
+    one table and the outputs do not depend on how the stream is split into calls. Implementations that look at the current length instead
+    (Hugging Face transformers) leave cached keys behind that were turned by another table.
+
+    Args:
+      config: the scheme.
+      head_dim: size of a head, of which a share `config.partial` rotates.
+      planned_length: tokens the stream will have in the end. `dynamic` plans for original_length at least; `longrope` takes the long factors
+        if this is greater than original_length. None: config.length or, without that, config.original_length. Other schemes do not read it.
+
+    Raises:
+      UserError: an odd number of dims would rotate, or a list of factors does not have one for each pair.
+    """
+    rotary = int(head_dim * config.partial)
+    if rotary < 2 or rotary % 2:
+        raise UserError(
+            f"rope.partial is {config.partial}: {rotary} of {head_dim} head dims would rotate; it must be an even number, not 0"
+        )
+    pairs = rotary // 2
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(config, name)
+        if factors is not None and len(factors) != pairs:
+            raise UserError(f"rope.{name} has {len(factors)} entries; {rotary} of {head_dim} head dims rotate, so it must have {pairs}")
+
+    i_R = np.arange(pairs)
+    theta_R = config.base ** (-i_R / pairs)
+    original = config.original_length
+    planned = planned_length or config.length or original
+    s = config.factor or (config.length / original if config.length and original else 1.0)
+
+    match config.scheme:
+        case "default":
+            return RopeTable(theta_R, 1.0)
+        case "linear":
+            return RopeTable(theta_R / s, 1.0)
+        case "ntk":
+            return RopeTable(theta_R / _ntk_factors(s, pairs), 1.0)
+        case "dynamic":
+            return RopeTable(theta_R / _ntk_factors(s * max(planned / original, 1) - (s - 1), pairs), 1.0)
+        case "yarn":
+            return _yarn_table(config, theta_R, s)
+        case "llama3":
+            low, high = config.low_frequency_factor, config.high_frequency_factor
+            turns_R = original * theta_R / (2 * np.pi)
+            keep_R = np.clip((turns_R - low) / (high - low), 0, 1)
+            return RopeTable(theta_R * (keep_R + (1 - keep_R) / s), 1.0)
+        case "longrope":
+            if planned > original:
+                factors, own = config.long_factors, config.long_attention_factor
+            else:
+                factors, own = config.short_factors or (1.0,) * pairs, config.short_attention_factor
+            attention_factor = own or config.attention_factor or math.sqrt(1 + math.log(s) / math.log(original))
+            return RopeTable(theta_R / np.array(factors, np.float64), attention_factor)
+
+
+def _ntk_factors(s: float, pairs: int) -> np.ndarray:
+    """s^(i / (R - 1)), the same as raising the base to base * s^(R / (R - 1)): the fastest pair keeps its frequency, the slowest loses s."""
+    return s ** (np.arange(pairs) / max(pairs - 1, 1))
+
+
+def _yarn_table(config: RopeConfig, theta_R: np.ndarray, s: float) -> RopeTable:
+    """YaRN, sections 3.2 to 3.4: fast pairs keep their frequency, slow ones are interpolated, a ramp over the pairs lies between."""
+    pairs = len(theta_R)
+
+    def pair_with(turns: float) -> float:
+        """The (fractional) pair that makes so many turns in the original length."""
+        return pairs * math.log(config.original_length / (2 * math.pi * turns)) / math.log(config.base)
+
+    low, high = pair_with(config.beta_fast), pair_with(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # The upper clamp counts dims, not pairs, in the authors' code and every checkpoint trained with it.
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    slow_R = np.clip((np.arange(pairs) - low) / (high - low or 0.001), 0, 1)
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(s) + 1
+
+    if config.attention_factor is not None:
+        attention_factor = config.attention_factor
+    elif config.mscale and config.mscale_all_dim:
+        attention_factor = magnitude(config.mscale) / magnitude(config.mscale_all_dim)
+    else:
+        attention_factor = magnitude(1)
+    return RopeTable(theta_R * (1 - slow_R + slow_R / s), attention_factor)
+
+
+def rope_cos_sin(table: RopeTable, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every pair's angle at every position, times the attention factor.
+
+    In float32, the error against float64 does not grow with the position, while a float32 product of position and frequency would be
+    off by up to 4e-3 at position 131071 and 0.06 at 2097151.
+
+    Args:
+      table: what `rope_table` returned; host values, constants under jit.
+      positions: int32 of any shape; may be traced.
+      dtype: float32 or float64; float64 is position times frequency as it stands.
+
+    Returns:
+      cos and sin, each of shape positions.shape + (R,).
+    """
+    frequency = table.inverse_frequency[(None,) * positions.ndim]
+    positions = jnp.asarray(positions, jnp.int32)[..., None]
+    if jnp.dtype(dtype) == jnp.float64:
+        angle = positions.astype(dtype) * frequency
+    else:
+        # With 2^32 ticks to a turn, int32 products overflow exactly as angles wrap around, so nothing large is ever rounded.
+        ticks = frequency * (2**32 / (2 * np.pi))
+        whole = np.round(ticks)
+        wrapped = positions * (whole % 2**32).astype(np.uint32).view(np.int32)
+        rest = positions.astype(dtype) * (ticks - whole).astype(np.float32)
+        angle = (wrapped.astype(dtype) + rest) * np.float32(2 * np.pi / 2**32)
+    return jnp.cos(angle) * table.attention_factor, jnp.sin(angle) * table.attention_factor
+
+
+def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Turns pair i (dims i and i + R) of every head by its angle; dims from 2R on pass through.
+
+    Args:
+      x_BTHK: queries or keys, any float dtype.
+      cos_BTR: from `rope_cos_sin`, [B, T, R], or [T, R] for the same positions in all rows; the turn is computed in its dtype.
+      sin_BTR: the same for sin.
+
+    Returns:
+      The turned x_BTHK in x's dtype.
+    """
+    chex.assert_rank([x_BTHK, cos_BTR, sin_BTR], [4, {2, 3}, {2, 3}])
+    chex.assert_equal_shape([cos_BTR, sin_BTR])
+    R = cos_BTR.shape[-1]
+    chex.assert_axis_dimension_gteq(x_BTHK, 3, 2 * R)
+    cos_BT1R, sin_BT1R = (table[..., None, :] if table.ndim == 3 else table[None, :, None] for table in (cos_BTR, sin_BTR))
+    first_BTHR, second_BTHR = (x_BTHK[..., start : start + R].astype(cos_BTR.dtype) for start in (0, R))
+    turned = (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R)
+    return jnp.concatenate([*(half.astype(x_BTHK.dtype) for half in turned), x_BTHK[..., 2 * R :]], axis=-1)
+
+
+def rope_from_huggingface(config: Mapping[str, Any]) -> RopeConfig:
+    """The RopeConfig of a Hugging Face model configuration (the contents of config.json).
+
+    Reads `rope_parameters` or its older name `rope_scaling`, and from the top level `max_position_embeddings`,
+    `original_max_position_embeddings` (which overrides the inner one) and, in older files, `rope_theta` and `partial_rotary_factor`.
+
+    Raises:
+      UserError: the type is unknown, layers differ in their parameters, or a value is missing or out of range.
+    """
+    inner = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if nested := [name for name, value in inner.items() if isinstance(value, Mapping)]:
+        raise UserError(f"rope_parameters has an entry for {nested[0]}; it must be one set of parameters for all layers")
+    scheme = inner.get("rope_type", inner.get("type", "default"))
+    # Early Phi-3 files call LongRoPE "su" or "yarn".
+    if scheme == "su" or "long_factor" in inner:
+        scheme = "longrope"
+    if scheme not in _READS or scheme == "ntk":
+        raise UserError(f"rope_type is {scheme}; it must be one of default, linear, dynamic, yarn, llama3, longrope")
+
+    length = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings") or inner.get("original_max_position_embeddings") or length
+    values = {
+        "factor": inner.get("factor"),
+        "original_length": length if scheme == "dynamic" else original,
+        # Only these two read a factor off the lengths; `dynamic` calls its original length the maximum.
+        "length": length if scheme in ("yarn", "longrope") else None,
+        "beta_fast": inner.get("beta_fast"),
+        "beta_slow": inner.get("beta_slow"),
+        "truncate": inner.get("truncate"),
+        "mscale": inner.get("mscale"),
+        "mscale_all_dim": inner.get("mscale_all_dim"),
+        "attention_factor": inner.get("attention_factor"),
+        "low_frequency_factor": inner.get("low_freq_factor"),
+        "high_frequency_factor": inner.get("high_freq_factor"),
+        "short_factors": tuple(inner.get("short_factor") or ()) or None,
+        "long_factors": tuple(inner.get("long_factor") or ()) or None,
+        "short_attention_factor": inner.get("short_mscale"),
+        "long_attention_factor": inner.get("long_mscale"),
+        "base": inner.get("rope_theta", config.get("rope_theta")),
+        "partial": inner.get("partial_rotary_factor", config.get("partial_rotary_factor")),
+    }
+    reads = ("base", "partial", *_READS[scheme])
+    return RopeConfig(scheme, **{name: value for name, value in values.items() if name in reads and value is not None})

@@ -1,0 +1,94 @@
+"""The next-token objective: cross-entropy in chunks, on all tokens or on marked ones.
+
+Shape letters: B batch rows, T tokens read, D channels, V vocabulary, C tokens per chunk, N chunks.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from infinicontext.errors import UserError
+from infinicontext.models.streaming import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Which tokens count in the loss, and how it is computed."""
+
+    loss: Literal["all", "answers"] = "all"  # answers: only the tokens that the data mark as answers
+    context_weight: float = 0.0  # with answers: weight of the mean loss over all tokens, added to the answers' mean
+    chunk: int = 512  # tokens per row whose logits exist at one time
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise UserError(f"objective.chunk is {self.chunk}; it must be 1 or more")
+        if self.context_weight < 0:
+            raise UserError(f"objective.context_weight is {self.context_weight}; it must be 0 or more")
+
+
+def token_losses(model: Model, hidden_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int = 512) -> jax.Array:
+    """The cross-entropy of each target, in nats, without ever holding the logits of more than `chunk` tokens per row.
+
+    Args:
+      model: gives the head.
+      hidden_BTD: any float dtype.
+      targets_BT: int32.
+      chunk: tokens per row and chunk; the backward pass recomputes a chunk's logits.
+
+    Returns:
+      losses_BT in float32 or wider.
+    """
+
+    def one_chunk(xs):
+        hidden_BCD, targets_BC = xs
+        logits_BCV = model.logits(hidden_BCD)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
+
+    B, T = targets_BT.shape
+    if T <= chunk:
+        return one_chunk((hidden_BTD, targets_BT))
+    whole = T - T % chunk
+    cut = lambda x: jnp.moveaxis(x[:, :whole].reshape(B, whole // chunk, chunk, *x.shape[2:]), 1, 0)
+    losses_NBC = jax.lax.map(jax.checkpoint(one_chunk), (cut(hidden_BTD), cut(targets_BT)))
+    rest_BC = one_chunk((hidden_BTD[:, whole:], targets_BT[:, whole:]))
+    return jnp.concatenate([jnp.moveaxis(losses_NBC, 0, 1).reshape(B, whole), rest_BC], axis=1)
+
+
+def token_weights(objective: NextToken, batch: dict[str, jax.Array]) -> jax.Array:
+    """Weights of each target such that the loss of the whole batch is their sum with the token losses.
+
+    They are normalised over the global batch before it is cut into microbatches or over devices, so neither changes the loss.
+
+    Args:
+      objective: which tokens count.
+      batch: loss_mask [B, T] and answer_mask [B, T], float32.
+
+    Returns:
+      weights_BT, float32.
+    """
+    mean = lambda mask: mask / jnp.maximum(jnp.sum(mask), 1)
+    if objective.loss == "all":
+        return mean(batch["loss_mask"])
+    weights_BT = mean(batch["answer_mask"])
+    return weights_BT + objective.context_weight * mean(batch["loss_mask"]) if objective.context_weight else weights_BT
+
+
+def weighted_loss(objective: NextToken, model: Model, batch: dict[str, jax.Array]) -> jax.Array:
+    """Reads rows from an empty state and sums their weighted losses.
+
+    Args:
+      objective: chunk size.
+      model: any model.
+      batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1], weights float32 [B, T].
+
+    Returns:
+      The loss, a float32 scalar.
+    """
+    tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    hidden_BTD, _ = model.hidden(tokens_BT, model.init_state(*tokens_BT.shape), batch["segment_ids"][:, :-1])
+    losses_BT = token_losses(model, hidden_BTD, targets_BT, chunk=objective.chunk)
+    # A token of weight 0 (padding, a document's last token) may have a loss of no meaning.
+    return jnp.sum(jnp.where(batch["weights"] > 0, losses_BT, 0) * batch["weights"])
