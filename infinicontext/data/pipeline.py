@@ -153,11 +153,11 @@ def train_batches(
     return iterator
 
 
-def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: int, seed: int) -> list[Batch]:
+def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: int, seed: int, divisor: int = 1) -> list[Batch]:
     """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
 
     A corpus gives rows of its validation split, with its documents shuffled by `seed`; if there are too few, fewer batches, the
-    last filled up with rows of padding. The passkey task gives fresh samples of the last length.
+    last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training has there.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -165,7 +165,8 @@ def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: i
     tokenizer = load_tokenizer(data.tokenizer)
     if isinstance(data, PasskeyData):
         _check_lengths(data, tokenizer)
-        return [_passkey_rows(data, tokenizer, data.lengths[-1], range(batch_size), (VALIDATION, seed, i)) for i in range(count)]
+        rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
+        return [_passkey_rows(data, tokenizer, data.lengths[-1], rows, (VALIDATION, seed, i)) for i in range(count)]
     packed = PackedRows(load_corpus(data.source, tokenizer, "validation", data.validation_fraction), data.length, seed)
     padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
     count = min(count, -(-len(packed) // batch_size))

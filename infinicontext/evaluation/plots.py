@@ -108,7 +108,9 @@ def draw(runs: list[Run]) -> list[Plot]:
         corpora = by_group([run for run in runs if run.task("perplexity")], _corpus).items()
         found += [_perplexity_by_length(group, corpus) for corpus, group in corpora]
         found += [_perplexity_by_position(group, corpus) for corpus, group in corpora]
-        found += [_passkey_map(runs), _passkey_by_length(runs), _state_bytes(runs), _train_speed(runs)]
+        mapped = [run for run in runs if run.task("passkey").get("cells")]
+        found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
+        found += [_passkey_by_length(runs), _state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
     plots: list[Plot] = []
     for plot in filter(None, found):
@@ -167,15 +169,16 @@ def _by_length(lines: list[tuple[Run, list[tuple]]], title: str, x_label: str, y
         aside = 2 ** (min(0.07, 0.24 / len(lines)) * (place - (len(lines) - 1) / 2))
         error = np.maximum([y - interval[0], interval[1] - y], 0) if interval else None
         axes.errorbar(x * aside, y, error, capsize=3, elinewidth=1.2, **_look(run))
-    lengths = [length for _, points in lines for length, *_ in points]
+    runs = [run for run, _ in lines]
+    trained = sorted({run.train_length for run in runs if run.train_length})
+    lengths = trained + [length for _, points in lines for length, *_ in points]
     powers = range(math.floor(math.log2(min(lengths))), math.ceil(math.log2(max(lengths))) + 1)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(min(lengths) / 1.4, max(lengths) * 1.4)
     axes.xaxis.set_major_locator(FixedLocator([2**power for power in powers[:: math.ceil(len(powers) / 9)]]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
     axes.set(title=textwrap.fill(title, 60), xlabel=x_label, ylabel=y_label)
-    runs = [run for run, _ in lines]
-    trained = sorted({run.train_length for run in runs if run.train_length})
     for length in trained:
         axes.axvline(length, color=GRAY, linestyle=":", linewidth=1.5, zorder=1)
     label = f"trained on {', '.join(map(length_label, trained))} tokens"
@@ -208,7 +211,7 @@ def _with_points(pairs: Iterable[tuple[Run, list[tuple]]]) -> list[tuple[Run, li
     return [(run, points) for run, points in pairs if points]
 
 
-def _loss(runs: list[Run], data: str) -> Plot:
+def _loss(runs: list[Run], data: str) -> Plot | None:
     runs = [run for run in runs if run.training or run.validation]
     if not runs:
         return None
@@ -235,7 +238,7 @@ def _loss(runs: list[Run], data: str) -> Plot:
     if shown:  # single batches may stick out: showing them whole would flatten the rest
         margin = 0.05 * (max(shown) - min(shown)) or 0.1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set(title=textwrap.fill(title, 60), xlabel="training step", ylabel="loss (nats per token)")
     _legend(figure, runs, others)
@@ -252,13 +255,16 @@ def _perplexity_by_length(runs: list[Run], corpus: str) -> Plot | None:
     title = f"Perplexity by context length: {corpus}"
     figure, axes = _by_length(lines, title, "context length (tokens)", "perplexity per token")
     _perplexity_axis(axes, lines)
-    note = "Lower is better. Bars: confidence interval."
+    note = "Lower is better. Bars: 95% interval over documents."
     return Plot("perplexity-by-length", title, note, "perplexity", runs, figure)
 
 
 def _perplexity_by_position(runs: list[Run], corpus: str) -> Plot | None:
     def points(run: Run) -> list[tuple]:
         bins = _finite((entry["from"], entry["to"], entry["nll"]) for entry in run.task("perplexity").get("by_position", []))
+        # What remains of the last range may be a single position: too few tokens to draw as a mean.
+        if len(bins) > 1 and 2 * (bins[-1][1] - bins[-1][0]) < bins[-2][1] - bins[-2][0]:
+            bins.pop()
         return _finite(((start + end) / 2, perplexity(nll)) for start, end, nll in bins)
 
     lines = _with_points((run, points(run)) for run in runs)
@@ -271,10 +277,7 @@ def _perplexity_by_position(runs: list[Run], corpus: str) -> Plot | None:
     return Plot("perplexity-by-position", title, note, "perplexity", runs, figure)
 
 
-def _passkey_map(runs: list[Run]) -> Plot | None:
-    runs = [run for run in runs if run.task("passkey").get("cells")]
-    if not runs:
-        return None
+def _passkey_map(runs: list[Run]) -> Plot:
     cells = [cell for run in runs for cell in run.task("passkey")["cells"]]
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
@@ -317,7 +320,7 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     figure, axes = _by_length(lines, title, "context length (tokens)", "exact answers (%)")
     axes.set_ylim(-0.04, 1.04)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
-    note = "Mean over all depths. Bars: confidence interval."
+    note = "Mean over all depths. Bars: 95% interval."
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
 
 
@@ -347,7 +350,7 @@ def _train_speed(runs: list[Run]) -> Plot | None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(False, axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_label(x)))
     axes.set(title=title, xlabel="tokens per second")
     return Plot("train-speed", title, "Median over the steps.", None, runs, figure)

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from infinicontext.errors import UserError
 from infinicontext.evaluation.plots import Plot, baselines, by_group, bytes_label, count_label, draw, length_label, perplexity, write_png
 from infinicontext.evaluation.run_folder import Run, read_runs
 
@@ -75,9 +76,13 @@ def compare(run_folders: list[Path], output: Path) -> dict:
       standard deviations over runs that differ in nothing but name and seed), "baselines" and "plots" (file names).
 
     Raises:
-      UserError: no folder holds a run, or a config.json or eval.json is broken.
+      UserError: no folder holds a run, a config.json or eval.json is broken, or `output` cannot be a folder.
     """
     runs = read_runs(run_folders)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made: {error.strerror}") from error
     rows = table_rows(runs)
     plots = draw(runs)
     pictures = {plot.file: _png(plot) for plot in plots}
@@ -98,7 +103,6 @@ def compare(run_folders: list[Path], output: Path) -> dict:
             "plots": [f"{plot.file}.png" for plot in plots],
         }
     )
-    output.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         _write(output / f"{name}.png", picture)
     _write(output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
@@ -189,9 +193,9 @@ def text_table(rows: list[Row]) -> str:
 
 
 CSS = """
-:root { color-scheme: light dark; --ink: #16202c; --soft: #566373; --paper: #fbfbfa; --card: #ffffff; --line: #dde2e8; --accent: #0072b2; }
+:root { color-scheme: light dark; --ink: #16202c; --soft: #566373; --paper: #fbfbfa; --card: #ffffff; --line: #dde2e8; }
 @media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaef; --soft: #a3adba; --paper: #14181d; --card: #1c2229; --line: #333c46; --accent: #56b4e9; }
+  :root { --ink: #e6eaef; --soft: #a3adba; --paper: #14181d; --card: #1c2229; --line: #333c46; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 84rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
@@ -200,9 +204,9 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.4rem 0 1.2rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.7rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.42rem 0.55rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
+th, td { padding: 0.42rem 0.45rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; white-space: normal; min-width: 12rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; white-space: normal; min-width: 11rem; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr.seeds > * { font-style: italic; }
@@ -210,7 +214,8 @@ tr.baseline > * { color: var(--soft); font-weight: 400; }
 td small { color: var(--soft); }
 .hint { display: none; margin: 0.3rem 0 0; color: var(--soft); font-size: 0.86rem; }
 .plots { columns: 2 34rem; column-gap: 1.2rem; }
-figure { margin: 0 0 1.2rem; padding: 0.7rem; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card); break-inside: avoid; }
+figure { margin: 0 0 1.2rem; padding: 0.7rem; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card);
+  break-inside: avoid; }
 figure img { display: block; width: 100%; max-width: 42rem; height: auto; margin: 0 auto; border-radius: 0.3rem; background: #ffffff; }
 figcaption { margin-top: 0.6rem; color: var(--soft); font-size: 0.86rem; overflow-wrap: anywhere; }
 figcaption p { margin: 0.3rem 0; }
@@ -330,6 +335,6 @@ def _png(plot: Plot) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)

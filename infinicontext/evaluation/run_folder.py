@@ -64,7 +64,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
     Raises:
       UserError: no folder holds a run, or a config.json or eval.json is broken.
     """
-    folders = list({folder.resolve(): folder for folder in folders}.values())
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    folders = list(once.values())
     found = [folder for folder in folders if (folder / "config.json").is_file()]
     if not found:
         raise UserError(f"compare: no run folder among {', '.join(map(str, folders)) or 'none given'}; a run folder holds a config.json")

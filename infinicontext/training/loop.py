@@ -5,7 +5,6 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -140,7 +139,9 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, allow_config_change:
         put = lambda batch: {name: jax.make_array_from_process_local_data(on_devices, x) for name, x in batch.items()}
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = pipeline.train_batches(experiment.data, experiment.batch_size, seed=experiment.seed, step=start, divisor=divisor, **processes)
-        validation = [put(batch) for batch in validation_part(experiment, **processes)]
+        held_out = pipeline.validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, experiment.seed, divisor)
+        own_rows = slice(jax.process_index(), None, jax.process_count())
+        validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
 
         # 4. Compile before the first step, once for each shape of batch, and say what a step needs.
         compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
@@ -211,12 +212,6 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, allow_config_change:
                 say(f"stopped by a signal after step {step}; saved, and the same command resumes")
                 break
     return saved == experiment.steps
-
-
-def validation_part(experiment: Experiment, process_index: int, process_count: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the validation batches."""
-    for batch in pipeline.validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, experiment.seed):
-        yield {name: x[process_index::process_count] for name, x in batch.items()}
 
 
 def check_vocabulary(experiment: Experiment) -> None:
