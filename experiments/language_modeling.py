@@ -1,4 +1,5 @@
 """x"""
+
 import dataclasses
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.evaluation.perplexity import PerplexityEvaluation
@@ -28,4 +29,6 @@ def window() -> Experiment:
 
 def block_window() -> Experiment:
     e = full()
-    return dataclasses.replace(e, name="lm_block_window", model=dataclasses.replace(e.model, attention="block_window", block=32, memory_blocks=3))
+    return dataclasses.replace(
+        e, name="lm_block_window", model=dataclasses.replace(e.model, attention="block_window", block=32, memory_blocks=3)
+    )

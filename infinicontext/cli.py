@@ -132,7 +132,9 @@ def run_compare(options: argparse.Namespace) -> None:
 def run_info(options: argparse.Namespace) -> None:
     """infinicontext info [FILE.py:FUNCTION or RUN] [--field value ...]"""
     print("\n".join(f"{name:17} {version}" for name, version in versions().items()))
-    print(f"devices           {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)")
+    print(
+        f"devices           {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)"
+    )
     if options.experiment is None:
         return
     folder = pathlib.Path(options.experiment)
@@ -149,8 +151,17 @@ def run_info(options: argparse.Namespace) -> None:
         abstract = jax.eval_shape(init, jax.random.key(0))
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
         length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
-        rows = experiment.data.rows_at(experiment.steps, experiment.batch_size, 1) if hasattr(experiment.data, "rows_at") else experiment.batch_size
-        shapes = {"tokens": (length + 1, "int32"), "segment_ids": (length + 1, "int32"), "loss_mask": (length, "float32"), "answer_mask": (length, "float32")}
+        rows = (
+            experiment.data.rows_at(experiment.steps, experiment.batch_size, 1)
+            if hasattr(experiment.data, "rows_at")
+            else experiment.batch_size
+        )
+        shapes = {
+            "tokens": (length + 1, "int32"),
+            "segment_ids": (length + 1, "int32"),
+            "loss_mask": (length, "float32"),
+            "answer_mask": (length, "float32"),
+        }
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
         print(describe_step(train_step.lower(like, batch).compile(), experiment, model, (rows, length + 1)))
 
@@ -202,7 +213,11 @@ def load(reference: str):
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    functions = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"]
+    functions = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"
+    ]
     if name not in functions:
         close = difflib.get_close_matches(name, functions, n=1)
         raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
@@ -229,7 +244,10 @@ def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[type(experiment)], default=experiment, args=options.overrides, config=(tyro.conf.FlagConversionOff,)
+                tyro.conf.AvoidSubcommands[type(experiment)],
+                default=experiment,
+                args=options.overrides,
+                config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as end:
         if not end.code:

@@ -37,7 +37,16 @@ class Experiment:
     compilation_cache: str = "~/.cache/infinicontext/xla"  # compiled programs, kept between runs; empty switches it off
 
     def __post_init__(self):
-        counts = ("steps", "batch_size", "accumulation", "log_every", "validation_every", "validation_batches", "checkpoint_every", "keep_checkpoints")
+        counts = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "validation_every",
+            "validation_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -91,7 +100,11 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
     def compare(a, b, where: str) -> list[str]:
         if dataclasses.is_dataclass(a) and type(a) is type(b):
             prefix = where + "." if where else ""
-            return [line for field in dataclasses.fields(a) for line in compare(getattr(a, field.name), getattr(b, field.name), prefix + field.name)]
+            return [
+                line
+                for field in dataclasses.fields(a)
+                for line in compare(getattr(a, field.name), getattr(b, field.name), prefix + field.name)
+            ]
         return [] if a == b else [f"{where}: {a} -> {b}"]
 
     return compare(old, new, "")

@@ -40,7 +40,9 @@ class MeshConfig:
         for name in MESH_AXES:
             size = getattr(self, name)
             if size < 1 and not (name == "data" and size == -1):
-                raise UserError(f"mesh.{name} is {size}; it must be 1 or more" + (" or -1 for all remaining devices" if name == "data" else ""))
+                raise UserError(
+                    f"mesh.{name} is {size}; it must be 1 or more" + (" or -1 for all remaining devices" if name == "data" else "")
+                )
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -15,7 +15,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation import report
 from infinicontext.evaluation.plots import COLORS, bytes_label, count_label, draw, length_label, perplexity
 from infinicontext.evaluation.report import compare
-from infinicontext.evaluation.run_folder import read_runs
+from infinicontext.evaluation.runs import read_runs
 
 CORPUS = {"type": "CorpusData", "source": "python", "tokenizer": "bytes"}
 PASSKEY = {"type": "PasskeyData", "length": 256}

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from infinicontext import models
 from infinicontext.models.streaming import read, state_bytes
 
-EXAMPLES = {
-    f"{config_type.__name__}-{name}": config for config_type in models.MODELS for name, config in config_type.examples().items()
-}
+EXAMPLES = {f"{config_type.__name__}-{name}": config for config_type in models.MODELS for name, config in config_type.examples().items()}
 BATCH, LENGTH = 2, 29
 # Few sizes of call, so that each is compiled once; together they make any split of interest.
 PIECES = (0, 1, 2, 3, 7, 13, LENGTH)
@@ -116,7 +114,9 @@ def test_padded_rows_equal_rows_alone(name):
         _, state = step(tokens_BT[:, 13:15], state, np.array([[1, 0], [0, 0]], np.int32))
         after_BTD, state = step(tokens_BT[:, 15:18], state)
         for row, length in enumerate(lengths):
-            seen = np.concatenate([tokens_BT[row, :length], tokens_BT[row, 13:14] if row == 0 else [], tokens_BT[row, 15:18]]).astype(np.int32)
+            seen = np.concatenate([tokens_BT[row, :length], tokens_BT[row, 13:14] if row == 0 else [], tokens_BT[row, 15:18]]).astype(
+                np.int32
+            )
             alone_BTD, alone = model.hidden(seen[None], model.init_state(1, capacity=LENGTH))
             assert_close(after_BTD[row], alone_BTD[0, -3:], "float64")
             assert_close(jax.tree.map(lambda x: x[row], state.cursor), jax.tree.map(lambda x: x[0], alone.cursor), "float64")

@@ -93,6 +93,18 @@ class PasskeyData:
         return max(multiple, rows // multiple * multiple)
 
 
+def tokens_read(data: CorpusData | PasskeyData, batch_size: int, steps: int, divisor: int = 1) -> int:
+    """Tokens (inputs) of all global batches of the first `steps` steps."""
+    if isinstance(data, CorpusData):
+        return steps * batch_size * data.length
+    starts = np.cumsum([0, *data.stage_steps])
+    ends = [*starts[1:], steps]
+    return sum(
+        max(0, min(end, steps) - int(start)) * length * data.rows_at(int(start), batch_size, divisor)
+        for start, end, length in zip(starts, ends, data.lengths)
+    )
+
+
 def train_batches(
     data: CorpusData | PasskeyData,
     batch_size: int,

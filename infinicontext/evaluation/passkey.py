@@ -118,7 +118,9 @@ def evaluate_passkey(
         everything = [score for scores in right.values() for score in scores]
         cells += [{"length": length, "depth": depth, **_score(scores)} for depth, scores in right.items()]
         by_length.append({"length": length, **_score(everything), "seconds": seconds, "tokens_per_second": tokens / seconds})
-        say(f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, {tokens / seconds:,.0f} tokens/s")
+        say(
+            f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, {tokens / seconds:,.0f} tokens/s"
+        )
     return {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
 
 
@@ -126,4 +128,9 @@ def _score(shares: list[float]) -> dict:
     """Summary of samples, each given as the share of its key tokens that are right."""
     exact = sum(share == 1 for share in shares)
     interval = binomtest(exact, len(shares)).proportion_ci(0.95, method="wilson")
-    return {"samples": len(shares), "exact": exact / len(shares), "interval": [interval.low, interval.high], "digits": float(np.mean(shares))}
+    return {
+        "samples": len(shares),
+        "exact": exact / len(shares),
+        "interval": [interval.low, interval.high],
+        "digits": float(np.mean(shares)),
+    }

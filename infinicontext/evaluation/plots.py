@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from infinicontext.evaluation.run_folder import Run
+from infinicontext.evaluation.runs import Run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C3E")  # Okabe and Ito's, and a brown
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # nine beside eight colours: a pair comes again after 72 runs

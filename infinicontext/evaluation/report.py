@@ -1,6 +1,6 @@
 """Compares runs: a table on the terminal, results.json, PNG pictures and one report.html that needs nothing else.
 
-`compare` reads run folders (`run_folder.py`), works out the numbers of the table, writes it as text and as HTML and adds the
+`compare` reads run folders (`runs.py`), works out the numbers of the table, writes it as text and as HTML and adds the
 pictures of `plots.py`. Equal run folders give equal files: nothing in them depends on the day or the machine.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from infinicontext.errors import UserError
 from infinicontext.evaluation.plots import Plot, baselines, by_group, bytes_label, count_label, draw, length_label, perplexity, write_png
-from infinicontext.evaluation.run_folder import Run, read_runs
+from infinicontext.evaluation.runs import Run, read_runs
 
 
 class Number(NamedTuple):

@@ -42,7 +42,9 @@ def state_grows(model: Model) -> bool:
     return jax.eval_shape(lambda: model.room(model.init_state(1, capacity=1))) is not None
 
 
-def evaluate(model: Model, evaluation: Evaluation, data: CorpusData | PasskeyData, validation_loss, *, batch_size: int, batches: int, seed: int, say) -> dict:
+def evaluate(
+    model: Model, evaluation: Evaluation, data: CorpusData | PasskeyData, validation_loss, *, batch_size: int, batches: int, seed: int, say
+) -> dict:
     """Runs the tasks.
 
     Args:
@@ -67,7 +69,9 @@ def evaluate(model: Model, evaluation: Evaluation, data: CorpusData | PasskeyDat
     limit = evaluation.capacity if state_grows(model) else max(lengths)
     readable = [length for length in lengths if length <= limit]
     beyond = [
-        {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"} for length in lengths if length > limit
+        {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
+        for length in lengths
+        if length > limit
     ]
     tasks = {}
     if "perplexity" in evaluation.tasks:

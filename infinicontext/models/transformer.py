@@ -58,7 +58,9 @@ class TransformerConfig:
         if self.memory_blocks < 0:
             raise UserError(f"model.memory_blocks is {self.memory_blocks}; it must be 0 or more")
         if self.head_dim is None and self.dim % self.heads:
-            raise UserError(f"model.dim is {self.dim}, which is not a multiple of model.heads, {self.heads}; set model.head_dim or change one of them")
+            raise UserError(
+                f"model.dim is {self.dim}, which is not a multiple of model.heads, {self.heads}; set model.head_dim or change one of them"
+            )
         if self.heads % self.kv_head_count:
             raise UserError(f"model.heads is {self.heads}, which is not a multiple of model.kv_heads, {self.kv_heads}")
         rope_table(self.rope, self.head_size)
@@ -140,7 +142,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
             self.k_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
 
-    def __call__(self, x_BTD: jax.Array, cache: Cache, old: Slots, now: Slots, slot_BT: jax.Array, place: Place, rotation) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, x_BTD: jax.Array, cache: Cache, old: Slots, now: Slots, slot_BT: jax.Array, place: Place, rotation
+    ) -> tuple[jax.Array, Cache]:
         """Reads T tokens. `old` and `now` say what the cache's slots hold before and after the call, slot_BT where its tokens go."""
         config, dtype = self.config, x_BTD.dtype
         q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("btd,dhk->bthk", x_BTD, use(w, dtype)) for w in (self.q, self.k, self.v))
@@ -214,7 +218,9 @@ class Transformer(nnx.Module):
         count = config.span or capacity
         shape = (config.layers, batch_size, count, config.kv_head_count, config.head_size)
         return TransformerState(
-            cursor.start(batch_size), attention.empty_slots(batch_size, count), Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            cursor.start(batch_size),
+            attention.empty_slots(batch_size, count),
+            Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)),
         )
 
     def room(self, state: TransformerState) -> jax.Array | None:
@@ -247,7 +253,8 @@ class Transformer(nnx.Module):
         count = state.slots.position_BS.shape[1]
         slot_BT = attention.slot_index(place, count, ring=config.span is not None)
         now = Slots(
-            attention.write(state.slots.position_BS, place.position_BT, slot_BT), attention.write(state.slots.segment_BS, place.segment_BT, slot_BT)
+            attention.write(state.slots.position_BS, place.position_BT, slot_BT),
+            attention.write(state.slots.segment_BS, place.segment_BT, slot_BT),
         )
         rotation_BTR = rope_cos_sin(rope_table(config.rope, config.head_size), place.position_BT, at_least_float32(config.dtype))
 

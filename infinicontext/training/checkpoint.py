@@ -83,7 +83,9 @@ class Checkpoints:
             return step, nnx.merge(graph, found["parameters"]), _unnamed(found["rest"], like_rest)
         if failures:
             step, error = next(iter(failures.items()))
-            raise UserError(f"{self.folder}: none of the {len(failures)} checkpoints fits this config; checkpoint {step}: {_first_line(error)}")
+            raise UserError(
+                f"{self.folder}: none of the {len(failures)} checkpoints fits this config; checkpoint {step}: {_first_line(error)}"
+            )
         return None
 
     def restore_model(self, like_model: nnx.Module, step: int | None = None) -> tuple[int, nnx.Module]:

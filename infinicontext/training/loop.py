@@ -89,7 +89,9 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
     )
 
 
-def train(experiment: Experiment, workdir: pathlib.Path, *, allow_config_change: bool = False, profile: bool = False, command: str = "") -> bool:
+def train(
+    experiment: Experiment, workdir: pathlib.Path, *, allow_config_change: bool = False, profile: bool = False, command: str = ""
+) -> bool:
     """Trains, or goes on training, the run in a folder.
 
     Args:
@@ -138,8 +140,12 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, allow_config_change:
         on_devices = NamedSharding(mesh, P(sharding.RULES["batch"]))
         put = lambda batch: {name: jax.make_array_from_process_local_data(on_devices, x) for name, x in batch.items()}
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = pipeline.train_batches(experiment.data, experiment.batch_size, seed=experiment.seed, step=start, divisor=divisor, **processes)
-        held_out = pipeline.validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, experiment.seed, divisor)
+        batches = pipeline.train_batches(
+            experiment.data, experiment.batch_size, seed=experiment.seed, step=start, divisor=divisor, **processes
+        )
+        held_out = pipeline.validation_batches(
+            experiment.data, experiment.batch_size, experiment.validation_batches, experiment.seed, divisor
+        )
         own_rows = slice(jax.process_index(), None, jax.process_count())
         validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
 
@@ -165,8 +171,9 @@ def train(experiment: Experiment, workdir: pathlib.Path, *, allow_config_change:
                 return
             step, values = pending
             pending = None
-            record = {"step": step} | {name: float(value) for name, value in values.items()}
-            skipped = int(record.pop("non_finite"))
+            record = {"step": step} | {name: float(values[name]) for name in ("loss", "gradient_norm", "learning_rate")}
+            record["tokens"] = pipeline.tokens_read(experiment.data, experiment.batch_size, step, divisor)
+            skipped = int(values["non_finite"])
             if skipped:
                 record["skipped_updates"] = skipped
             metrics.write(record | clock.rates())
@@ -218,7 +225,9 @@ def check_vocabulary(experiment: Experiment) -> None:
     """Raises UserError if the model has no embedding for some token."""
     size = load_tokenizer(experiment.data.tokenizer).vocab_size
     if experiment.model.vocab_size < size:
-        raise UserError(f"model.vocab_size is {experiment.model.vocab_size}, but data.tokenizer {experiment.data.tokenizer} has {size} tokens")
+        raise UserError(
+            f"model.vocab_size is {experiment.model.vocab_size}, but data.tokenizer {experiment.data.tokenizer} has {size} tokens"
+        )
 
 
 def enable_compilation_cache(experiment: Experiment) -> None:

@@ -73,10 +73,14 @@ class MetricsWriter:
             if key != "step":
                 self._board.add_scalar(key, value, record["step"])
         if self._terminal:
-            self._bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if key in ("loss", "validation_loss", "tokens_per_second")})
+            self._bar.set_postfix(
+                {key: f"{value:.4g}" for key, value in record.items() if key in ("loss", "validation_loss", "tokens_per_second")}
+            )
             self._bar.update(record["step"] - self._bar.n)
         else:
-            fields = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items() if key != "step")
+            fields = " ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items() if key != "step"
+            )
             print(f"{self._name} step {record['step']}/{self._steps} {fields}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
