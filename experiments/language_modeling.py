@@ -1,8 +1,8 @@
 """x"""
 
 import dataclasses
+
 from infinicontext.data.pipeline import CorpusData
-from infinicontext.evaluation.perplexity import PerplexityEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
 from infinicontext.models.transformer import TransformerConfig

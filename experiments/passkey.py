@@ -1,6 +1,5 @@
 """x"""
 
-import dataclasses
 from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.suite import Evaluation

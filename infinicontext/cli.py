@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import importlib.util
 import io
-import json
 import pathlib
 import re
 import shlex
@@ -133,7 +132,8 @@ def run_info(options: argparse.Namespace) -> None:
     """infinicontext info [FILE.py:FUNCTION or RUN] [--field value ...]"""
     print("\n".join(f"{name:17} {version}" for name, version in versions().items()))
     print(
-        f"devices           {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)"
+        f"devices           {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+        f"{jax.process_count()} process(es)"
     )
     if options.experiment is None:
         return

@@ -119,7 +119,8 @@ def evaluate_passkey(
         cells += [{"length": length, "depth": depth, **_score(scores)} for depth, scores in right.items()]
         by_length.append({"length": length, **_score(everything), "seconds": seconds, "tokens_per_second": tokens / seconds})
         say(
-            f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, {tokens / seconds:,.0f} tokens/s"
+            f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, "
+            f"{tokens / seconds:,.0f} tokens/s"
         )
     return {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
 

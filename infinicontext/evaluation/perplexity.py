@@ -59,8 +59,8 @@ def evaluate_perplexity(
       say: told of progress, a line per length.
 
     Returns:
-      protocol; by_length: nll (nats per token), perplexity, a 95% interval over documents, speed; by_position: nll in buckets [2^i, 2^(i+1))
-      of the longest pass; skipped: lengths with the reason.
+      protocol; by_length: nll (nats per token), perplexity, a 95% interval over documents, speed; by_position: nll in buckets
+      [2^i, 2^(i+1)) of the longest pass; skipped: lengths with the reason.
     """
     sizes = np.diff(corpus.starts)
     # Documents as long as the comparison; if there are none, as long as the longest document allows.
@@ -69,8 +69,9 @@ def evaluate_perplexity(
     tokens_BS = np.stack([corpus.document(i)[: reach + 1] for i in chosen])
     result = {
         "protocol": (
-            f"The last {config.scored} of the first {reach + 1} tokens of {len(chosen)} validation document(s) are scored after reading L tokens "
-            "that end with them, in one stream from an empty state: the same tokens at every L. By position: all tokens of the longest such pass."
+            f"The last {config.scored} of the first {reach + 1} tokens of {len(chosen)} validation document(s) are scored after reading "
+            "L tokens that end with them, in one stream from an empty state: the same tokens at every L. By position: all tokens of the "
+            "longest such pass."
         ),
         "by_length": [],
         "by_position": [],

@@ -1,5 +1,8 @@
-"""The architectures. To add one: write its file, then add its config and its class to the table below; the tests of tests/test_stream_law.py
-find it there, and so do training, evaluation and the command line."""
+"""The architectures.
+
+To add one, write its file, then add its config and its class to the table below: tests/test_stream_law.py finds it there, and so do
+training, evaluation and the command line.
+"""
 
 import jax
 from flax import nnx

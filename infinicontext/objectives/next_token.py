@@ -48,7 +48,7 @@ def token_losses(model: Model, hidden_BTD: jax.Array, targets_BT: jax.Array, *, 
         return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
 
     B, T = targets_BT.shape
-    if T <= chunk:
+    if chunk >= T:
         return one_chunk((hidden_BTD, targets_BT))
     whole = T - T % chunk
     cut = lambda x: jnp.moveaxis(x[:, :whole].reshape(B, whole // chunk, chunk, *x.shape[2:]), 1, 0)

@@ -179,8 +179,8 @@ def train(
             metrics.write(record | clock.rates())
             if skipped >= MAX_NON_FINITE:
                 raise UserError(
-                    f"the gradient has not been finite for {skipped} steps before step {step}, and their updates were skipped; lower "
-                    f"optimizer.learning_rate ({experiment.optimizer.learning_rate:g}) and resume from the last checkpoint with --allow-config-change"
+                    f"the gradient was not finite in the {skipped} steps up to step {step}, and their updates were skipped; lower "
+                    f"optimizer.learning_rate, now {experiment.optimizer.learning_rate:g}, and resume with --allow-config-change"
                 )
 
         saved = start
@@ -241,8 +241,8 @@ def describe_step(compiled: jax.stages.Compiled, experiment: Experiment, model: 
     memory = compiled.memory_analysis()
     total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20
     return (
-        f"{experiment.name}: {parameter_count(model):,} parameters; a step reads {shape[0]} x {shape[1] - 1} tokens and needs {total:,.0f} MiB per device "
-        f"({memory.temp_size_in_bytes / 2**20:,.0f} MiB of it for activations)"
+        f"{experiment.name}: {parameter_count(model):,} parameters; a step reads {shape[0]} x {shape[1] - 1} tokens and needs "
+        f"{total:,.0f} MiB per device ({memory.temp_size_in_bytes / 2**20:,.0f} MiB of it for activations)"
     )
 
 

@@ -48,7 +48,7 @@ class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard and shows progress. Only process 0 writes."""
 
     def __init__(self, workdir: pathlib.Path, steps: int, resumed_at: int, name: str):
-        """Continues the files of a run that is resumed at step `resumed_at`: records of later steps are taken back, for they will come again."""
+        """Continues the files of a run resumed at step `resumed_at`; records of later steps are taken back, for they will come again."""
         self._active = jax.process_index() == 0
         if not self._active:
             return

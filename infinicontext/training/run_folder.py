@@ -29,7 +29,8 @@ def open_run_folder(experiment: Experiment, workdir: pathlib.Path, allow_config_
         changes = differences(load_config(workdir), experiment)
         if changes and not allow_config_change:
             raise UserError(
-                f"{workdir} was started with another config ({'; '.join(changes[:5])}); pass --allow-config-change to go on, or use a new --workdir"
+                f"{workdir} was started with another config ({'; '.join(changes[:5])}); pass --allow-config-change to go on, or use a "
+                "new --workdir"
             )
         if not changes:
             return

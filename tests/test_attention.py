@@ -1,0 +1,120 @@
+"""Blocked attention against the definition: every score of every pair, masked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infinicontext import models
+from infinicontext.errors import UserError
+from infinicontext.models.streaming import read
+from infinicontext.nn import attention, cursor
+
+B, H, G, K = 2, 4, 2, 3
+
+
+def definition(q_BTHK, k_BTGK, v_BTGK, place, reach):
+    """Scores of all pairs of tokens, head by head."""
+    same = (place.segment_BT[:, :, None] == place.segment_BT[:, None]) & (place.segment_BT[:, :, None] > 0)
+    q_position, k_position = place.position_BT[:, :, None], place.position_BT[:, None]
+    seen_BTT = same & (k_position <= q_position) & reach(q_position, k_position)
+    heads = []
+    for head in range(H):
+        k_BTK, v_BTK = k_BTGK[:, :, head * G // H], v_BTGK[:, :, head * G // H]
+        scores_BTT = jnp.einsum("btk,bsk->bts", q_BTHK[:, :, head], k_BTK) / np.sqrt(K)
+        weights_BTT = jax.nn.softmax(jnp.where(seen_BTT, scores_BTT, -1e30), axis=-1)
+        heads.append(jnp.einsum("bts,bsk->btk", weights_BTT, v_BTK))
+    return jnp.stack(heads, axis=2)
+
+
+def example(length, seed=0, documents=True):
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, length, heads, K))) for heads in (H, G, G))
+    starts = np.cumsum(rng.random((B, length)) < 0.1, axis=1) if documents else np.zeros((B, length))
+    place, _ = cursor.advance(cursor.start(B), length, jnp.asarray(starts + 1, jnp.int32))
+    return q, k, v, place
+
+
+REACHES = {
+    "sliding": (attention.sliding(6), 6),
+    "block": (attention.block_sliding(4, 2), 12),
+    "own_block": (attention.block_sliding(4, 0), 4),
+}
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("reach", REACHES)
+def test_window_equals_definition(reach, fold, float64):
+    """Values and gradients, for lengths below, at and above the block, not multiples of it."""
+    reach, span = REACHES[reach]
+    ring = attention.Cache(*(jnp.zeros((B, span, G, K)),) * 2)
+    for length, block in ((3, None), (23, 5), (24, None)):
+        q, k, v, place = example(length)
+
+        def windowed(q, k, v):
+            return attention.window_attention(q, k, v, place, ring, attention.empty_slots(B, span), reach, block=block, fold=fold)
+
+        def value_and_gradient(compute):
+            return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(compute(*qkv))), (0, 1, 2)))(q, k, v)
+
+        ours, theirs = value_and_gradient(windowed), value_and_gradient(lambda q, k, v: definition(q, k, v, place, reach))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)
+        np.testing.assert_allclose(jax.jit(windowed)(q, k, v), definition(q, k, v, place, reach), atol=1e-12)
+
+
+def test_full_equals_definition(float64):
+    q, k, v, place = example(23)
+    slots = attention.Slots(place.position_BT, place.segment_BT)
+    expected = definition(q, k, v, place, attention.everything())
+    for block in (None, 5, 23):
+        ours = attention.full_attention(q, attention.Cache(k, v), place, slots, block=block)
+        np.testing.assert_allclose(ours, expected, atol=1e-12)
+
+
+def test_bfloat16_softmax_is_float32():
+    """Only inputs, weights and output are rounded: the error stays at bfloat16's 2^-8 however many keys there are."""
+    q, k, v, place = example(400, documents=False)
+    slots = attention.Slots(place.position_BT, place.segment_BT)
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    ours = attention.full_attention(half[0], attention.Cache(*half[1:]), place, slots)
+    expected = definition(*(x.astype(jnp.float32) for x in half), place, attention.everything())
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=2**-8, rtol=2**-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(1, 7))
+def test_ring_holds_the_last_tokens(calls, span):
+    """After any calls, each row's ring holds its last `span` tokens, whatever padding the calls had."""
+    position, at, reads = cursor.start(1), attention.empty_slots(1, span), []
+    held = jnp.full((1, span), -1)
+    for number, valid in enumerate(calls):
+        place, position = cursor.advance(position, 4, jnp.asarray([[1] * valid + [0] * (4 - valid)], jnp.int32))
+        slot = attention.slot_index(place, span, ring=True)
+        tokens = [10 * number + i for i in range(4)]
+        held = attention.write(held, jnp.asarray([tokens]), slot)
+        at = attention.Slots(*(attention.write(old, new, slot) for old, new in zip(at, place[1:])))
+        reads += tokens[:valid]
+    last = reads[-span:]
+    assert sorted(held[0].tolist()) == sorted([-1] * (span - len(last)) + last)
+    assert [held[0, i % span] for i in range(len(reads) - len(last), len(reads))] == last
+    assert sorted(at.position_BS[0][at.segment_BS[0] > 0].tolist()) == list(range(len(reads) - len(last), len(reads)))
+
+
+def test_overflow_of_full_attention():
+    """A clear error where counts are known, NaN from the first token that does not fit where they are not."""
+    model = models.build(models.TransformerConfig.examples()["full"], nnx.Rngs(0))
+    tokens_BT = np.zeros((B, 8), np.int32)
+    _, state = model.hidden(tokens_BT, model.init_state(B, capacity=10))
+    for attempt in (lambda: model.hidden(tokens_BT, state), lambda: read(model, tokens_BT, state, segment=4)):
+        with pytest.raises(UserError, match="room for 2 more tokens, not for 8"):
+            attempt()
+    hidden_BTD, after = jax.jit(model.hidden)(tokens_BT, state)
+    assert np.isfinite(hidden_BTD[:, :2]).all()
+    assert np.isnan(hidden_BTD[:, 2:]).all()
+    np.testing.assert_array_equal(after.cache.k_BSGK[:, :, :8], state.cache.k_BSGK[:, :, :8])
+    with pytest.raises(UserError, match=r"init_state: capacity is None"):
+        model.init_state(B)
