@@ -1,18 +1,20 @@
 """Checkpoints: written in the background, never half, and read back to the last bit.
 
 A checkpoint holds the parameters by name, so that it can be read without the optimizer, and the rest of the training state. The position in
-the data and the random numbers are functions of the step.
+the data and the random numbers are functions of the step. Checksums tell a damaged file from a whole one: the storage itself finds missing
+and cut files, but reads a flipped bit without a word.
 """
 
 import logging
 import pathlib
 import shutil
-import warnings
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from infinicontext.errors import UserError
@@ -28,11 +30,24 @@ def _unnamed(named: dict[str, jax.Array], like):
     return jax.tree.unflatten(structure, [named[jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in paths])
 
 
+@jax.jit
+def _checksums(tree) -> jax.Array:
+    """For each leaf the sum of its bits read as unsigned integers, uint32 [leaves]; computed where the leaf lies."""
+
+    def one(leaf):
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool else leaf
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # The storage logs errors that are handled and reported here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = workdir.absolute() / "checkpoints"
         self._aside = workdir.absolute() / "unreadable_checkpoints"
         self._orbax = ocp.training.Checkpointer(
@@ -45,14 +60,15 @@ class Checkpoints:
 
     def save(self, step: int, model: nnx.Module, rest: Any) -> None:
         """Starts writing and returns; at most one checkpoint is being written at a time."""
-        parameters = nnx.to_pure_dict(nnx.state(model))
+        items = {"parameters": nnx.to_pure_dict(nnx.state(model)), "rest": _named(rest)}
+        checksums = {name: _checksums(tree) for name, tree in items.items()}
         if jax.default_backend() == "cpu":
             # The writer reads CPU buffers in place, and the next step will overwrite what is donated to it.
-            parameters, rest = jax.tree.map(jnp.copy, (parameters, rest))
-        self._orbax.save_checkpointables_async(step, {"parameters": parameters, "rest": _named(rest)}, force=True)
+            items = jax.tree.map(jnp.copy, items)
+        self._orbax.save_checkpointables_async(step, items | {"checksums": checksums}, force=True)
 
     def restore(self, like_model: nnx.Module, like_rest: Any) -> tuple[int, nnx.Module, Any] | None:
-        """The newest checkpoint that can be read, with a warning for each newer one that cannot.
+        """The newest checkpoint that can be read, with a warning on stderr for each newer one that cannot.
 
         Args:
           like_model: the model's abstract arrays with their shardings.
@@ -65,27 +81,19 @@ class Checkpoints:
           UserError: there are checkpoints, but none fits or can be read. Nothing is changed on disk.
         """
         graph, state = nnx.split(like_model)
-        wanted = {"parameters": nnx.to_pure_dict(state), "rest": _named(like_rest)}
         failures: dict[int, Exception] = {}
         for step in reversed(self.steps()):
             try:
-                found = self._orbax.load_checkpointables(step, wanted)
+                found = self._load(step, {"parameters": nnx.to_pure_dict(state), "rest": _named(like_rest)})
             except Exception as error:  # damaged files surface as many exception types
                 failures[step] = error
                 continue
             for damaged, error in failures.items():
-                warnings.warn(f"checkpoint {damaged} cannot be read and was moved to {self._aside}: {_first_line(error)}", stacklevel=2)
-                self._aside.mkdir(exist_ok=True)
-                shutil.rmtree(self._aside / str(damaged), ignore_errors=True)
-                shutil.move(self.folder / str(damaged), self._aside / str(damaged))
-            if failures:
-                self._orbax.reload()
+                self._put_aside(damaged, error)
             return step, nnx.merge(graph, found["parameters"]), _unnamed(found["rest"], like_rest)
         if failures:
             step, error = next(iter(failures.items()))
-            raise UserError(
-                f"{self.folder}: none of the {len(failures)} checkpoints fits this config; checkpoint {step}: {_first_line(error)}"
-            )
+            raise UserError(f"{self.folder}: no checkpoint can be read with this config; checkpoint {step}: {_short(error)}")
         return None
 
     def restore_model(self, like_model: nnx.Module, step: int | None = None) -> tuple[int, nnx.Module]:
@@ -100,15 +108,34 @@ class Checkpoints:
         step = steps[-1] if step is None else step
         graph, state = nnx.split(like_model)
         try:
-            found = self._orbax.load_checkpointables(step, {"parameters": nnx.to_pure_dict(state)})
+            found = self._load(step, {"parameters": nnx.to_pure_dict(state)})
         except Exception as error:
-            raise UserError(f"{self.folder / str(step)} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self.folder / str(step)} cannot be read: {_short(error)}") from error
         return step, nnx.merge(graph, found["parameters"])
 
     def close(self) -> None:
         """Waits until what is being written is complete."""
         self._orbax.close()
 
+    def _load(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        leaves = {name: jax.tree.leaves(tree) for name, tree in like.items()}
+        replicated = NamedSharding(next(iter(leaves.values()))[0].sharding.mesh, PartitionSpec())
+        checksums = {name: jax.ShapeDtypeStruct((len(leaves[name]),), jnp.uint32, sharding=replicated) for name in like}
+        found = self._orbax.load_checkpointables(step, like | {"checksums": checksums})
+        for name in like:
+            if not jnp.array_equal(_checksums(found[name]), found["checksums"][name]):
+                raise ValueError(f"the checksums of its {name} do not match")
+        return found
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    def _put_aside(self, step: int, error: Exception) -> None:
+        """Out of the way of a new checkpoint of the same step, but not lost."""
+        if jax.process_index() == 0:
+            print(f"warning: checkpoint {step} cannot be read and was moved to {self._aside}: {_short(error)}", file=sys.stderr)
+            self._aside.mkdir(exist_ok=True)
+            shutil.rmtree(self._aside / str(step), ignore_errors=True)
+            shutil.move(self.folder / str(step), self._aside / str(step))
+        self._orbax.reload()
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
