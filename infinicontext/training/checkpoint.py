@@ -61,11 +61,11 @@ class Checkpoints:
     def save(self, step: int, model: nnx.Module, rest: Any) -> None:
         """Starts writing and returns; at most one checkpoint is being written at a time."""
         items = {"parameters": nnx.to_pure_dict(nnx.state(model)), "rest": _named(rest)}
-        checksums = {name: _checksums(tree) for name, tree in items.items()}
+        checksums = {f"{name}_checksums": {"sums": _checksums(tree)} for name, tree in items.items()}
         if jax.default_backend() == "cpu":
             # The writer reads CPU buffers in place, and the next step will overwrite what is donated to it.
             items = jax.tree.map(jnp.copy, items)
-        self._orbax.save_checkpointables_async(step, items | {"checksums": checksums}, force=True)
+        self._orbax.save_checkpointables_async(step, items | checksums, force=True)
 
     def restore(self, like_model: nnx.Module, like_rest: Any) -> tuple[int, nnx.Module, Any] | None:
         """The newest checkpoint that can be read, with a warning on stderr for each newer one that cannot.
@@ -118,12 +118,14 @@ class Checkpoints:
         self._orbax.close()
 
     def _load(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        leaves = {name: jax.tree.leaves(tree) for name, tree in like.items()}
-        replicated = NamedSharding(next(iter(leaves.values()))[0].sharding.mesh, PartitionSpec())
-        checksums = {name: jax.ShapeDtypeStruct((len(leaves[name]),), jnp.uint32, sharding=replicated) for name in like}
-        found = self._orbax.load_checkpointables(step, like | {"checksums": checksums})
+        wanted = dict(like)
+        for name, tree in like.items():
+            leaves = jax.tree.leaves(tree)
+            replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+            wanted[f"{name}_checksums"] = {"sums": jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=replicated)}
+        found = self._orbax.load_checkpointables(step, wanted)
         for name in like:
-            if not jnp.array_equal(_checksums(found[name]), found["checksums"][name]):
+            if not jnp.array_equal(_checksums(found[name]), found[f"{name}_checksums"]["sums"]):
                 raise ValueError(f"the checksums of its {name} do not match")
         return found
 
