@@ -1,4 +1,13 @@
-"""x"""
+"""Passkey retrieval: a number said once in a lot of irrelevant text, asked for at the end.
+
+Word-level models of 0.1 million parameters, trained on a curriculum of 128, 256 and 512 tokens, asked at up to 64 times that.
+
+    infinicontext train experiments/passkey.py:window --workdir runs/window
+    infinicontext sweep experiments/passkey.py:all --workdir runs/passkey
+    infinicontext compare runs/passkey/* --output report/
+"""
+
+import dataclasses
 
 from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
@@ -10,18 +19,59 @@ from infinicontext.training.optimizer import OptimizerConfig
 
 
 def full() -> Experiment:
-    """Full attention."""
+    """Full attention: finds the key anywhere within the training length."""
     return Experiment(
-        name="passkey_full",
+        name="full",
         model=TransformerConfig(vocab_size=64, dim=64, layers=2, heads=4),
-        data=PasskeyData(lengths=(128,), stage_steps=()),
+        data=PasskeyData(tokenizer="passkey", lengths=(128, 256, 512), stage_steps=(300, 200)),
         objective=NextToken(loss="answers", context_weight=0.3),
-        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.01),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01),
         evaluation=Evaluation(
-            tasks=("passkey",),
-            lengths=(128, 256, 512, 1024, 2048, 4096),
-            passkey=PasskeyEvaluation(samples=20, depths=(0.0, 0.25, 0.5, 0.75, 1.0)),
+            tasks=("passkey",), lengths=(128, 256, 512, 1024, 2048, 4096, 32768), capacity=4096, passkey=PasskeyEvaluation(samples=20)
         ),
-        steps=1000,
+        steps=700,
         batch_size=32,
+        log_every=20,
+        validation_every=100,
+        checkpoint_every=100,
     )
+
+
+def window() -> Experiment:
+    """Each token sees the last 128: the control that can find a key near the end only."""
+    return _with_attention("window", attention="window", window=128)
+
+
+def block_window() -> Experiment:
+    """Each token sees its own block of 32 and the 3 before it: TransformerFAM's baseline."""
+    return _with_attention("block_window", attention="block_window", block=32, memory_blocks=3)
+
+
+def all() -> list[Experiment]:
+    """The three of them with three seeds each."""
+    return [
+        dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
+        for experiment in (full(), window(), block_window())
+        for seed in range(3)
+    ]
+
+
+def demo() -> list[Experiment]:
+    """The three of them on a shorter curriculum, with fewer samples: half a minute each."""
+    return [
+        dataclasses.replace(
+            experiment,
+            name=f"passkey_{experiment.name}",
+            data=dataclasses.replace(experiment.data, lengths=(128, 256), stage_steps=(250,)),
+            evaluation=dataclasses.replace(
+                experiment.evaluation, lengths=(128, 256, 512, 1024, 4096, 16384), capacity=1024, passkey=PasskeyEvaluation(samples=10)
+            ),
+            steps=350,
+        )
+        for experiment in (full(), window(), block_window())
+    ]
+
+
+def _with_attention(name: str, **changes) -> Experiment:
+    experiment = full()
+    return dataclasses.replace(experiment, name=name, model=dataclasses.replace(experiment.model, **changes))

@@ -9,6 +9,7 @@ Shape letters: B rows of a batch, T inputs of a row, S = T + 1 tokens of a row. 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
@@ -97,11 +98,10 @@ def tokens_read(data: CorpusData | PasskeyData, batch_size: int, steps: int, div
     """Tokens (inputs) of all global batches of the first `steps` steps."""
     if isinstance(data, CorpusData):
         return steps * batch_size * data.length
-    starts = np.cumsum([0, *data.stage_steps])
-    ends = [*starts[1:], steps]
+    starts = list(itertools.accumulate(data.stage_steps, initial=0))
     return sum(
-        max(0, min(end, steps) - int(start)) * length * data.rows_at(int(start), batch_size, divisor)
-        for start, end, length in zip(starts, ends, data.lengths)
+        max(0, min(end, steps) - start) * length * data.rows_at(start, batch_size, divisor)
+        for start, end, length in zip(starts, [*starts[1:], steps], data.lengths)
     )
 
 
