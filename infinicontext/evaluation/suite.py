@@ -97,4 +97,4 @@ def evaluate(
         )
     for result in tasks.values():
         result["skipped"] += beyond
-    return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in readable}, "tasks": tasks}
+    return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}
