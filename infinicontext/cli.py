@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import json
 import pathlib
 import re
 import shlex
@@ -18,9 +19,10 @@ import jax
 import tyro
 
 from infinicontext import models, sharding
+from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import evaluate
-from infinicontext.experiment import Experiment, differences
+from infinicontext.experiment import Experiment, differences, to_plain
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.training.checkpoint import Checkpoints
@@ -116,7 +118,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         finished = train(experiment, folder, allow_config_change=options.allow_config_change, command=options.line)
         if not finished:
             return
-        if not (folder / "eval.json").exists():
+        if not is_evaluated(experiment, folder / "eval.json"):
             evaluate_run(experiment, folder, folder / "eval.json")
 
 
@@ -189,13 +191,29 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
         )
     train_length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
-    record = {"run": experiment.name, "step": step, "parameters": parameter_count(model), "train_length": train_length} | result
+    record = {
+        "run": experiment.name,
+        "step": step,
+        "parameters": parameter_count(model),
+        "train_length": train_length,
+        "tokenizer_fingerprint": load_tokenizer(experiment.data.tokenizer).fingerprint(),
+        "evaluation": to_plain(experiment.evaluation),
+    } | result
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, record)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     print(output)
+
+
+def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
+    """Whether the last step has been evaluated with the same settings."""
+    try:
+        record = json.loads(output.read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return record.get("step") == experiment.steps and record.get("evaluation") == to_plain(experiment.evaluation)
 
 
 def load(reference: str):

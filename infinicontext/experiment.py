@@ -1,7 +1,6 @@
-"""One experiment: model, data, objective, optimizer, mesh, evaluation and budget; and its form as JSON."""
+"""One experiment: model, data, objective, optimizer, mesh, evaluation and budget; and its form in JSON files."""
 
 import dataclasses
-import json
 import types
 import typing
 
@@ -54,19 +53,19 @@ class Experiment:
             raise UserError(f"batch_size is {self.batch_size}, which is not a multiple of accumulation, {self.accumulation}")
 
 
-def to_json(config) -> str:
-    """A dataclass as JSON; each object names its class under "type", so that unions come back as they were."""
+def to_plain(config) -> dict:
+    """A dataclass as dicts and lists; each dict names its class under "type", so that unions come back as they were."""
 
     def plain(value):
         if dataclasses.is_dataclass(value):
             return {"type": type(value).__name__} | {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-    return json.dumps(plain(config), indent=1)
+    return plain(config)
 
 
-def from_json(text: str) -> Experiment:
-    """The experiment that `to_json` wrote.
+def from_plain(value: dict) -> Experiment:
+    """The experiment that `to_plain` took apart.
 
     Raises:
       UserError: a class or a field this version does not have.
@@ -91,7 +90,7 @@ def from_json(text: str) -> Experiment:
             return tuple(build(item_hint, item, where) for item in value)
         return value
 
-    return build(Experiment, json.loads(text), "experiment")
+    return build(Experiment, value, "experiment")
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -15,6 +15,13 @@ from infinicontext.training.optimizer import OptimizerConfig, ParameterGroup, ma
 STEPS = 20
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax itself multiplies dtypes that strict promotion refuses to mix."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def parameters():
     """One parameter of each kind: a matrix, a vector, stacked vectors (their metadata name one axis), a vector of a group."""
     values = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape)

@@ -32,6 +32,13 @@ EXPERIMENT = Experiment(
 MESHES = ((8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (2, 1, 2, 2))
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax itself multiplies dtypes that strict promotion refuses to mix."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def batch_of(step):
     """Rows of two documents whose answers are of different number, so that no part of the batch weighs what another does."""
     rng = np.random.default_rng(step)

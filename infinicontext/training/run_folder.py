@@ -14,7 +14,7 @@ import jax
 
 from infinicontext import models
 from infinicontext.errors import UserError
-from infinicontext.experiment import Experiment, differences, from_json, to_json
+from infinicontext.experiment import Experiment, differences, from_plain, to_plain
 from infinicontext.nn.parameters import parameter_count
 
 
@@ -42,7 +42,7 @@ def open_run_folder(experiment: Experiment, workdir: pathlib.Path, allow_config_
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
         record = {
-            "experiment": json.loads(to_json(experiment)),
+            "experiment": to_plain(experiment),
             "parameters": parameter_count(models.abstract(experiment.model)),
             "versions": versions(),
             "commit": commit(),
@@ -61,7 +61,7 @@ def load_config(workdir: pathlib.Path) -> Experiment:
     if not path.exists():
         raise UserError(f"{workdir} is not a run folder: it has no config.json")
     try:
-        return from_json(json.dumps(json.loads(path.read_text())["experiment"]))
+        return from_plain(json.loads(path.read_text())["experiment"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

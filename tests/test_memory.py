@@ -1,0 +1,76 @@
+"""A model with a window reads a stream of any length in constant memory."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from infinicontext import models
+from infinicontext.evaluation.passkey import answer_greedily
+from infinicontext.evaluation.perplexity import stream_losses
+from infinicontext.models.streaming import abstract_state_bytes, read
+from infinicontext.models.transformer import TransformerConfig
+
+SHORT, LONG = 65_536, 1_048_576
+TINY = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 2}
+CONFIGS = {
+    "window": TransformerConfig(**TINY, attention="window", window=128),
+    "block_window": TransformerConfig(**TINY, attention="block_window", block=32, memory_blocks=3),
+}
+READERS = {
+    "read": lambda model, tokens_BL: read(model, tokens_BL, model.init_state(1))[1],
+    "losses": lambda model, tokens_BL: stream_losses(model, tokens_BL, segment=1024),
+    "answer": lambda model, tokens_BL: answer_greedily(model, tokens_BL, 5, segment=1024),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_compiled_memory_does_not_grow_with_the_stream(kind, reader):
+    """Apart from what is one number per token: the tokens, cut into segments, and with losses also the targets and the losses."""
+    model = models.abstract(CONFIGS[kind])
+
+    def temporary(length: int) -> int:
+        tokens_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        return jax.jit(READERS[reader]).lower(model, tokens_BL).compile().memory_analysis().temp_size_in_bytes
+
+    arrays = 3 if reader == "losses" else 1
+    grown = temporary(LONG) - temporary(SHORT)
+    assert grown <= arrays * 4 * (LONG - SHORT)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_state_does_not_grow(kind):
+    model = models.abstract(CONFIGS[kind])
+    assert abstract_state_bytes(model, SHORT) == abstract_state_bytes(model, LONG) < 50_000
+
+
+READ_AND_MEASURE = """
+import resource, sys
+import jax, numpy as np
+from flax import nnx
+from infinicontext import models
+from infinicontext.models.streaming import read
+from infinicontext.models.transformer import TransformerConfig
+
+model = models.build(TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=128), nnx.Rngs(0))
+tokens_BL = np.random.default_rng(0).integers(0, 257, (1, int(sys.argv[1])), dtype=np.int32)
+state = jax.jit(lambda model, tokens_BL: read(model, tokens_BL, model.init_state(1))[1])(model, tokens_BL)
+print(int(state.cursor.count_B[0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_tokens_take_the_memory_of_sixty_thousand():
+    """Peak resident memory of whole processes that read so many tokens."""
+    peaks = []
+    for length in (SHORT, LONG):
+        printed = subprocess.run(
+            [sys.executable, "-c", READ_AND_MEASURE, str(length)], capture_output=True, text=True, check=True, timeout=500
+        ).stdout
+        count, peak = map(int, printed.split())
+        assert count == length
+        peaks.append(peak)
+    assert peaks[1] < 1.05 * peaks[0]
