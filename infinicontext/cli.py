@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import io
 import json
 import pathlib
@@ -16,18 +17,22 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 import tyro
 
 from infinicontext import models, sharding
+from infinicontext.data.pipeline import CorpusData, PasskeyData, validation_batches
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import evaluate
 from infinicontext.experiment import Experiment, differences, to_plain
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
+from infinicontext.objectives.next_token import counted
 from infinicontext.training.checkpoint import Checkpoints
-from infinicontext.training.loop import check_vocabulary, describe_step, enable_compilation_cache, make_steps, train
+from infinicontext.training.loop import check, describe_step, enable_compilation_cache, train
 from infinicontext.training.run_folder import load_config, versions, write_json
+from infinicontext.training.step import make_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,47 +44,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if overrides and not options.takes_overrides:
             parser.error(f"unknown argument {overrides[0]}")
         options.overrides, options.line = overrides, shlex.join(["infinicontext", *arguments])
+        subject = getattr(options, "experiment", getattr(options, "folder", "")) if options.takes_overrides else ""
+        if subject is None or subject.startswith("-"):
+            if "--help" in arguments or "-h" in arguments:
+                options.parser.print_help()
+                return
+            if options.run is not run_info:
+                options.parser.error("it is missing what to work on")
         options.run(options)
     except UserError as error:
         print(f"infinicontext: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as this program does: one sentence, no usage lines."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {self.prog} --help explains")
+
+
+def make_parser() -> Parser:
     """Commands and their own options; what they do not know are overrides of an experiment's fields."""
-    parser = argparse.ArgumentParser(prog="infinicontext", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="infinicontext", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, text: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not takes_overrides)
-        command.set_defaults(run=run, takes_overrides=takes_overrides)
+        command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command)
         return command
 
-    fields = "any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help lists them"
-    command = add("train", run_train, f"train an experiment, or resume it; {fields}", takes_overrides=True)
-    command.add_argument("experiment", help="FILE.py:FUNCTION, as in experiments/passkey.py:full")
+    fields = "Any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help after an experiment lists them."
+    command = add("train", run_train, f"Train an experiment, or resume it. {fields}", takes_overrides=True)
+    command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION, as in experiments/passkey.py:full")
     command.add_argument("--workdir", type=pathlib.Path, help="the run folder, new or to be resumed")
     command.add_argument("--allow-config-change", action="store_true", help="resume although the experiment has changed")
     command.add_argument("--profile", action="store_true", help="write a profile of three steps to WORKDIR/profile")
     command.add_argument("--distributed", action="store_true", help="one of several processes: call jax.distributed.initialize() first")
 
-    command = add("eval", run_eval, f"evaluate a run's newest checkpoint; {fields} of its config", takes_overrides=True)
-    command.add_argument("folder", type=pathlib.Path, help="a run folder")
+    command = add("eval", run_eval, f"Evaluate a run's newest checkpoint. {fields}", takes_overrides=True)
+    command.add_argument("folder", nargs="?", help="a run folder")
     command.add_argument("--tasks", nargs="+", help="perplexity, passkey; default: the experiment's")
     command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
     command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
     command.add_argument("--step", type=int, help="the checkpoint; default: the newest")
 
-    command = add("sweep", run_sweep, f"train and evaluate a list of experiments; {fields} of all of them", takes_overrides=True)
-    command.add_argument("experiments", help="FILE.py:FUNCTION, a function that returns a list of experiments")
+    command = add("sweep", run_sweep, f"Train and evaluate a list of experiments. {fields}", takes_overrides=True)
+    command.add_argument(
+        "experiment", nargs="?", metavar="experiments", help="FILE.py:FUNCTION, a function that returns a list of experiments"
+    )
     command.add_argument("--workdir", type=pathlib.Path, help="gets one run folder for each experiment")
     command.add_argument("--allow-config-change", action="store_true", help="resume although an experiment has changed")
 
-    command = add("compare", run_compare, "a table, plots and a report of several runs")
+    command = add("compare", run_compare, "A table, plots and a report of several runs.")
     command.add_argument("folders", type=pathlib.Path, nargs="+", help="run folders")
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
 
-    command = add("info", run_info, f"devices and versions, and what an experiment needs; {fields}", takes_overrides=True)
+    command = add("info", run_info, f"Devices and versions, and what an experiment needs. {fields}", takes_overrides=True)
     command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION or a run folder")
     return parser
 
@@ -89,7 +110,10 @@ def run_train(options: argparse.Namespace) -> None:
     experiment = override(one_experiment(options.experiment), options)
     workdir = require_workdir(options)
     if options.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--distributed: this process could not join the others: {str(error).splitlines()[0]}") from error
     train(experiment, workdir, allow_config_change=options.allow_config_change, profile=options.profile, command=options.line)
 
 
@@ -97,21 +121,26 @@ def run_eval(options: argparse.Namespace) -> None:
     """infinicontext eval RUN [--tasks ...] [--lengths ...] [--output FILE]"""
     tasks = [] if options.tasks is None else ["--evaluation.tasks", *options.tasks]
     lengths = [] if options.lengths is None else ["--evaluation.lengths", *(str(parse_length(text)) for text in options.lengths)]
-    trained = load_config(options.folder)
+    folder = pathlib.Path(options.folder)
+    trained = load_config(folder)
     options.overrides = tasks + lengths + options.overrides
     experiment = override(trained, options)
     if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
         raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
-    evaluate_run(experiment, options.folder, options.output or options.folder / "eval.json", options.step)
+    evaluate_run(experiment, folder, options.output or folder / "eval.json", options.step)
 
 
 def run_sweep(options: argparse.Namespace) -> None:
     """infinicontext sweep FILE.py:FUNCTION --workdir FOLDER [--field value ...]"""
-    experiments = load(options.experiments)
+    experiments = load(options.experiment)
     if not isinstance(experiments, list) or not all(isinstance(item, Experiment) for item in experiments):
-        raise UserError(f"{options.experiments} does not return a list of experiments; use infinicontext train for a single one")
+        raise UserError(f"{options.experiment} does not return a list of experiments; use infinicontext train for a single one")
     experiments = [override(experiment, options) for experiment in experiments]
+    if not experiments:
+        raise UserError(f"{options.experiment} returns an empty list; there is nothing to train")
     workdir = require_workdir(options)
+    for experiment in experiments:
+        check(experiment)
     for number, experiment in enumerate(experiments, 1):
         folder = workdir / experiment.name
         print(f"[{number}/{len(experiments)}] {folder}", file=sys.stderr)
@@ -141,7 +170,7 @@ def run_info(options: argparse.Namespace) -> None:
         return
     folder = pathlib.Path(options.experiment)
     experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options)
-    check_vocabulary(experiment)
+    check(experiment)
     enable_compilation_cache(experiment)
     model = models.abstract(experiment.model)
     print(f"\nexperiment        {experiment.name}\nparameters        {parameter_count(model):,}")
@@ -152,12 +181,9 @@ def run_info(options: argparse.Namespace) -> None:
         init, train_step, _, where = make_steps(experiment, mesh)
         abstract = jax.eval_shape(init, jax.random.key(0))
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-        length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
-        rows = (
-            experiment.data.rows_at(experiment.steps, experiment.batch_size, 1)
-            if hasattr(experiment.data, "rows_at")
-            else experiment.batch_size
-        )
+        rows, length = experiment.batch_size, train_length(experiment)
+        if isinstance(experiment.data, PasskeyData):
+            rows = experiment.data.rows_at(experiment.steps, rows, sharding.batch_divisor(mesh) * experiment.accumulation)
         shapes = {
             "tokens": (length + 1, "int32"),
             "segment_ids": (length + 1, "int32"),
@@ -165,55 +191,74 @@ def run_info(options: argparse.Namespace) -> None:
             "answer_mask": (length, "float32"),
         }
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
-        print(describe_step(train_step.lower(like, batch).compile(), experiment, model, (rows, length + 1)))
+        print(describe_step(train_step.lower(like, batch).compile(), experiment, model, rows, length))
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
-    """Evaluates a checkpoint of a run and writes the result."""
+    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint."""
+    check(experiment)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_name(output.name + ".tmp").touch()
+        output.with_name(output.name + ".tmp").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     enable_compilation_cache(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         _, _, validation_loss, where = make_steps(experiment, mesh)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), models.abstract(experiment.model), where.model)
-        checkpoints = Checkpoints(folder, experiment.keep_checkpoints)
+        checkpoints = Checkpoints(folder)
         try:
             step, model = checkpoints.restore_model(like, step)
         finally:
             checkpoints.close()
+        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
+        losses = [float(validation_loss(model, batch)) for batch in batches]
         result = evaluate(
             model,
             experiment.evaluation,
             experiment.data,
-            validation_loss,
-            batch_size=experiment.batch_size,
-            batches=experiment.validation_batches,
-            seed=experiment.seed,
+            validation=batches,
+            validation_nll=float(np.average(losses, weights=[counted(experiment.objective, batch) for batch in batches])),
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
         )
-    train_length = getattr(experiment.data, "length", None) or max(experiment.data.lengths)
     record = {
         "run": experiment.name,
         "step": step,
         "parameters": parameter_count(model),
-        "train_length": train_length,
+        "train_length": train_length(experiment),
         "tokenizer_fingerprint": load_tokenizer(experiment.data.tokenizer).fingerprint(),
-        "evaluation": to_plain(experiment.evaluation),
     } | result
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, record)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    for task in record["tasks"].values():
+        task["evaluation"] = to_plain(experiment.evaluation)
+    before = read_evaluation(output)
+    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "tokenizer_fingerprint")):
+        record["state_bytes"] = before["state_bytes"] | record["state_bytes"]
+        record["tasks"] = before["tasks"] | record["tasks"]
+    write_json(output, record)
     print(output)
 
 
-def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
-    """Whether the last step has been evaluated with the same settings."""
+def read_evaluation(output: pathlib.Path) -> dict:
+    """An eval.json, or nothing where there is none that can be read."""
     try:
-        record = json.loads(output.read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return record.get("step") == experiment.steps and record.get("evaluation") == to_plain(experiment.evaluation)
+        return json.loads(output.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
+    """Whether all tasks were run on the last step with the same settings."""
+    record = read_evaluation(output)
+    settings = to_plain(experiment.evaluation)
+    done = [name for name, task in record.get("tasks", {}).items() if task.get("evaluation") == settings]
+    return record.get("step") == experiment.steps and set(experiment.evaluation.tasks) <= set(done)
+
+
+def train_length(experiment: Experiment) -> int:
+    """Tokens of a training row, at the end of a curriculum."""
+    return experiment.data.length if isinstance(experiment.data, CorpusData) else max(experiment.data.lengths)
 
 
 def load(reference: str):
@@ -239,7 +284,10 @@ def load(reference: str):
     if name not in functions:
         close = difflib.get_close_matches(name, functions, n=1)
         raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
-    return getattr(module, name)()
+    function = getattr(module, name)
+    if inspect.isclass(function) or inspect.signature(function).parameters:
+        raise UserError(f"{reference} takes arguments; an experiment is a function without any")
+    return function()
 
 
 def one_experiment(reference: str) -> Experiment:
@@ -256,13 +304,14 @@ def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
     Raises:
       UserError: an unknown field (with the nearest name) or a value of the wrong type.
     """
-    if any(flag in options.overrides for flag in ("-h", "--help")):
-        make_parser()._subparsers._group_actions[0].choices[options.line.split()[1]].print_help()
+    if "-h" in options.overrides or "--help" in options.overrides:
+        options.parser.print_help()
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 tyro.conf.AvoidSubcommands[type(experiment)],
+                prog=options.parser.prog,
                 default=experiment,
                 args=options.overrides,
                 config=(tyro.conf.FlagConversionOff,),
@@ -270,8 +319,22 @@ def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
     except SystemExit as end:
         if not end.code:
             raise
-        lines = [re.sub(r"^[│╭╰].*?(\w.*|-+\S.*)?\s*│?$", r"\1", line).strip(" │─╭╮╰╯") for line in message.getvalue().splitlines()]
-        raise UserError(" ".join(line for line in lines if line)) from None
+        raise UserError(one_sentence(message.getvalue())) from None
+
+
+def one_sentence(box: str) -> str:
+    """What tyro says in a box of several paragraphs: the first, and of "Perhaps you meant" the first flag."""
+    frame = "│|╭╮╰╯─-+ "
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│| ")
+        if text.strip(frame):
+            paragraphs[-1].append(text)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    said = " ".join(paragraphs[0]).removeprefix("Error parsing Experiment: ").rstrip(".")
+    near = next((re.search(r"--\S+", " ".join(lines[1:])) for lines in paragraphs if lines and "you meant" in lines[0]), None)
+    return f"{said}; did you mean {near[0]}?" if near else said
 
 
 def require_workdir(options: argparse.Namespace) -> pathlib.Path:

@@ -51,6 +51,10 @@ class Experiment:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.batch_size % self.accumulation:
             raise UserError(f"batch_size is {self.batch_size}, which is not a multiple of accumulation, {self.accumulation}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+        if self.objective.loss == "answers" and isinstance(self.data, CorpusData):
+            raise UserError("objective.loss is answers, but data is CorpusData, which marks no answers; use all")
 
 
 def to_plain(config) -> dict:
@@ -90,6 +94,8 @@ def from_plain(value: dict) -> Experiment:
             return tuple(build(item_hint, item, where) for item in value)
         return value
 
+    if not isinstance(value, dict):
+        raise UserError(f"config: experiment is {value}; it must be an object")
     return build(Experiment, value, "experiment")
 
 

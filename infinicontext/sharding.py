@@ -65,16 +65,20 @@ def batch_divisor(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in RULES["batch"])
 
 
-def partition_spec(axes: tuple[str | None, ...]) -> P:
-    """Logical axis names -> PartitionSpec; a mesh axis already taken by an earlier dimension is not used again."""
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh) -> P:
+    """Logical axis names of an array -> its PartitionSpec.
+
+    A mesh axis already taken by an earlier dimension is not used again, and a dimension that the mesh does not divide (257 bytes over 2
+    devices, one key/value head over 8) is not split.
+    """
     taken: set[str] = set()
     out = []
-    for axis in axes:
+    for axis, size in zip(axes, shape, strict=True):
         rule = RULES.get(axis, ())
         names = (rule,) if isinstance(rule, str) else rule
-        free = not taken & set(names)
-        out.append(rule if names and free else None)
-        taken |= set(names)
+        usable = names and not taken & set(names) and size % math.prod(mesh.shape[name] for name in names) == 0
+        out.append(rule if usable else None)
+        taken |= set(names) if usable else set()
     return P(*out)
 
 
@@ -83,7 +87,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
 def shardings(tree, mesh: Mesh):
@@ -96,8 +100,8 @@ def shardings(tree, mesh: Mesh):
     def place(leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, P())
-        axes = leaf.get_metadata().get("axes", ())
-        stacked = len(leaf.get_value().shape) - len(axes)
-        return leaf.replace(NamedSharding(mesh, partition_spec((None,) * stacked + tuple(axes))))
+        axes, shape = leaf.get_metadata().get("axes", ()), leaf.get_value().shape
+        stacked = (None,) * (len(shape) - len(axes))
+        return leaf.replace(NamedSharding(mesh, partition_spec(stacked + tuple(axes), shape, mesh)))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

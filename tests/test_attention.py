@@ -18,7 +18,7 @@ B, H, G, K = 2, 4, 2, 3
 
 def definition(q_BTHK, k_BTGK, v_BTGK, place, reach):
     """Scores of all pairs of tokens, head by head."""
-    same = (place.segment_BT[:, :, None] == place.segment_BT[:, None]) & (place.segment_BT[:, :, None] > 0)
+    same = (place.document_BT[:, :, None] == place.document_BT[:, None]) & (place.document_BT[:, :, None] > 0)
     q_position, k_position = place.position_BT[:, :, None], place.position_BT[:, None]
     seen_BTT = same & (k_position <= q_position) & reach(q_position, k_position)
     heads = []
@@ -67,7 +67,7 @@ def test_window_equals_definition(reach, fold, float64):
 
 def test_full_equals_definition(float64):
     q, k, v, place = example(23)
-    slots = attention.Slots(place.position_BT, place.segment_BT)
+    slots = attention.Slots(place.position_BT, place.document_BT)
     expected = definition(q, k, v, place, attention.everything())
     for block in (None, 5, 23):
         ours = attention.full_attention(q, attention.Cache(k, v), place, slots, block=block)
@@ -77,7 +77,7 @@ def test_full_equals_definition(float64):
 def test_bfloat16_softmax_is_float32():
     """Only inputs, weights and output are rounded: the error stays at bfloat16's 2^-8 however many keys there are."""
     q, k, v, place = example(400, documents=False)
-    slots = attention.Slots(place.position_BT, place.segment_BT)
+    slots = attention.Slots(place.position_BT, place.document_BT)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     ours = attention.full_attention(half[0], attention.Cache(*half[1:]), place, slots)
     expected = definition(*(x.astype(jnp.float32) for x in half), place, attention.everything())
@@ -101,7 +101,7 @@ def test_ring_holds_the_last_tokens(calls, span):
     last = reads[-span:]
     assert sorted(held[0].tolist()) == sorted([-1] * (span - len(last)) + last)
     assert [held[0, i % span] for i in range(len(reads) - len(last), len(reads))] == last
-    assert sorted(at.position_BS[0][at.segment_BS[0] > 0].tolist()) == list(range(len(reads) - len(last), len(reads)))
+    assert sorted(at.position_BS[0][at.document_BS[0] > 0].tolist()) == list(range(len(reads) - len(last), len(reads)))
 
 
 def test_overflow_of_full_attention():

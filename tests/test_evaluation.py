@@ -81,9 +81,11 @@ def test_every_length_scores_the_same_tokens():
         assert (row["tokens"], row["documents"]) == (30, 3)
         spread = 1.96 * nll_B.std(ddof=1) / math.sqrt(3)
         assert row["interval"] == pytest.approx([nll_B.mean() - spread, nll_B.mean() + spread], abs=1e-5)
-    rows = evaluated("last_token")["by_length"]
-    assert [row["length"] for row in rows] == [10, 25, 40]
-    assert [row["nll"] for row in rows] == pytest.approx([rows[0]["nll"]] * 3, abs=1e-5), "context cannot help a model that sees one token"
+
+
+def test_context_changes_nothing_for_a_model_that_sees_one_token():
+    short, long = evaluated("last_token", lengths=(10, 40))["by_length"]
+    assert short["nll"] == pytest.approx(long["nll"], abs=1e-5)
 
 
 def test_positions_add_up_to_the_mean():
@@ -157,13 +159,11 @@ def test_bits_per_byte_of_a_byte_model(text, length):
 
 
 def test_bits_per_byte_of_a_word_model():
-    """Two words of 3 and 7 bytes with a space between: 2 tokens in 11 bytes."""
+    """Two words of 3 and 6 bytes with a space between: 2 tokens in 10 bytes."""
     tokenizer = load_tokenizer("passkey")
-    tokens_S = np.array([tokenizer.start_id, *tokenizer.encode("the instead hidden")])[[0, 1, 3]]
-    text = tokenizer.decode(tokens_S[1:])
+    tokens_S = np.array([tokenizer.start_id, *tokenizer.encode("the hidden")])
     batch = {"tokens": tokens_S[None], "loss_mask": np.ones((1, 2))}
-    assert text == "the hidden"
-    assert bits_per_byte(math.log(2), tokenizer, [batch]) == pytest.approx(2 / len(text))
+    assert bits_per_byte(math.log(2), tokenizer, [batch]) == pytest.approx(2 / 10)
 
 
 # Passkey. B rows, T tokens of a call, W tokens the oracle sees.
@@ -233,7 +233,7 @@ class Constant(Oracle):
 
 
 DEPTHS = (0.0, 0.3, 0.5, 1.0)
-LENGTHS = {"passkey": (130, 201), "bytes": (600, 1000)}
+LENGTHS = {"passkey": (130, 270), "bytes": (600, 1000)}
 DIGITS = 5
 
 

@@ -53,7 +53,12 @@ def random_batch(seed=0, answers=4):
     tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, CONFIG.vocab_size)
     segments = jnp.array([[1] * 5 + [2] * 6 + [0] * 3, [1] * (T + 1)])
     inside = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
-    return {"tokens": tokens, "segment_ids": segments, "loss_mask": inside, "answer_mask": jnp.where(jnp.arange(T) >= T - answers, inside, 0)}
+    return {
+        "tokens": tokens,
+        "segment_ids": segments,
+        "loss_mask": inside,
+        "answer_mask": jnp.where(jnp.arange(T) >= T - answers, inside, 0),
+    }
 
 
 def loss_of(objective, model, batch):

@@ -1,5 +1,7 @@
 """AdamW: schedule, decay, groups, clipping, and gradients that are not finite. Shape letters: D channels, L layers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ def test_schedule(form):
     np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1, 1])
     middle, end = {"cosine": (0.6, 0.2), "linear": (0.6, 0.2), "constant": (1, 1)}[form]
     np.testing.assert_allclose([values[12], values[STEPS]], [middle, end], rtol=1e-6)
-    assert all(one >= following for one, following in zip(values[4:], values[5:]))
+    assert all(one >= following for one, following in itertools.pairwise(values[4:]))
 
 
 @given(warmup=st.integers(0, 30), steps=st.integers(1, 30), form=st.sampled_from(["cosine", "linear", "constant"]))
@@ -94,8 +96,16 @@ def test_equals_optax_adamw_where_nothing_is_special():
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("form", ["cosine", "linear", "constant"])
+def test_without_warmup_the_first_step_has_the_full_rate(form):
+    config = OptimizerConfig(learning_rate=0.1, schedule=form, warmup_steps=0, weight_decay=0)
+    params = parameters()
+    (after,), _ = run(make_optimizer(config, STEPS), params, [jax.tree.map(jnp.ones_like, params)])
+    assert_close(after, {name: value - 0.1 for name, value in plain(params).items()}, 1e-6)
+
+
 def test_decay_is_of_parameters_with_two_axes_and_scales_with_the_rate():
-    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=1, weight_decay=0.5)
     params = parameters()
     (after,), _ = run(make_optimizer(config, STEPS), params, [jax.tree.map(jnp.zeros_like, params)])
     before = plain(params)
@@ -103,7 +113,7 @@ def test_decay_is_of_parameters_with_two_axes_and_scales_with_the_rate():
 
 
 def test_group_has_its_own_rate_and_decay():
-    common = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0}
+    common = {"schedule": "constant", "warmup_steps": 1, "clip_norm": 0}
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, groups=(ParameterGroup("memory", 0.02, 0.7),), **common)
     alone = OptimizerConfig(learning_rate=0.02, weight_decay=0.7, **common)
     params = parameters()
@@ -120,7 +130,7 @@ def test_group_has_its_own_rate_and_decay():
 
 def test_clipping_is_of_the_global_norm():
     # With a large epsilon Adam's step is proportional to its gradient, so that the norm of the gradient is seen in the update.
-    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0, epsilon=1e4, clip_norm=0.5)
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=1, weight_decay=0, epsilon=1e4, clip_norm=0.5)
     params = parameters()
     gradient = gradients(0, params)
     norm = float(optax.tree.norm(gradient))

@@ -42,18 +42,18 @@ def test_rows_are_the_documents_end_to_end(lengths, length, seed):
 @cases
 @settings(deadline=None)
 def test_segments_and_masks_follow_the_documents(lengths, length, seed):
-    corpus = corpus_of(lengths)
+    corpus, ids = corpus_of(lengths), {}
     for row in PackedRows(corpus, length, seed):
         tokens, segments = row["tokens"].tolist(), row["segment_ids"].tolist()
         owner = [None if token == 0 else int(np.searchsorted(corpus.starts, token - 1, side="right")) for token in tokens]
-        expected, seen = [], 0
-        for t, document in enumerate(owner):
-            seen += document is not None and (t == 0 or document != owner[t - 1])
-            expected.append(0 if document is None else seen)
-        assert segments == expected
+        # An id for each document: equal where the document is, the same in every row, 0 for padding only.
+        assert [segment == 0 for segment in segments] == [document is None for document in owner]
+        for document, segment in zip(owner, segments):
+            assert ids.setdefault(document, segment) == segment
         same = [float(a == b and a is not None) for a, b in itertools.pairwise(owner)]
         assert row["loss_mask"].tolist() == same
         assert row["answer_mask"].tolist() == [0.0] * length
+    assert len(set(ids.values())) == len(ids)
 
 
 def test_dtypes_and_bounds():

@@ -22,7 +22,7 @@ from infinicontext.training.optimizer import OptimizerConfig
 ROWS, LENGTH, STEPS = 8, 32, 3
 EXPERIMENT = Experiment(
     "tiny",
-    TransformerConfig(vocab_size=64, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=32, remat=False),
+    TransformerConfig(vocab_size=64, dim=16, layers=1, heads=4, kv_heads=2, feed_forward=32, remat=False),
     PasskeyData(lengths=(128,)),
     NextToken("answers", context_weight=0.3, chunk=16),
     OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
@@ -84,7 +84,7 @@ def test_meshes_agree_with_one_device(sizes):
     assert_same_training(result, on_one_device())
 
     model, optimizer = result[2].model, result[2].optimizer
-    data, fsdp, context, tensor = sizes
+    _, fsdp, _, tensor = sizes
     query, head = model.blocks.attention.q, model.embedding.head
     assert query[...].sharding.spec == P(None, "fsdp", "tensor", None)
     for parameter in (query, head):

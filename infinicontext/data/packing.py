@@ -35,7 +35,7 @@ class PackedRows:
 
         Returns:
           tokens: int32 [S]; 0 where padding, which only ends the last row.
-          segment_ids: int32 [S], the documents of the row numbered from 1; 0 means padding.
+          segment_ids: int32 [S], the documents of the stream numbered from 1; 0 means padding.
           loss_mask: float32 [T], 1 where the target (token t + 1) continues the document of token t.
           answer_mask: float32 [T], zeros: a corpus asks no questions.
 
@@ -49,7 +49,8 @@ class PackedRows:
         # Empty documents end where they begin, so no place falls in one.
         document_S = np.searchsorted(self.ends_N, place_S, side="right")
         tokens_S = self.corpus.tokens[place_S + self.shift_N[document_S]]
-        segment_S = np.cumsum(np.diff(document_S, prepend=document_S[:1]) > 0) + 1
+        # One numbering for the whole stream, so that a document that goes on in the next row keeps its id there.
+        segment_S = document_S + 1
         padding = (0, self.length + 1 - len(place_S))
         segment_S = np.pad(segment_S, padding).astype(np.int32)
         return {

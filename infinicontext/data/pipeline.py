@@ -4,11 +4,12 @@ The position in the data is the step number and nothing else, so a run resumes b
 processes: at each step the processes' rows together are the same global batch.
 
 Shape letters: B rows of a batch, T inputs of a row, S = T + 1 tokens of a row. Every batch is a dict of
-  tokens int32 [B S], segment_ids int32 [B S] (documents numbered from 1 in each row, 0 = padding),
+  tokens int32 [B S], segment_ids int32 [B S] (a document each, 0 = padding),
   loss_mask float32 [B T] (1 where the target is of the same document), answer_mask float32 [B T] (1 where the target is an answer).
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import Literal, get_args
 import grain
 import numpy as np
 
-from infinicontext.data.corpora import load_corpus
+from infinicontext.data.corpora import documents, load_corpus
 from infinicontext.data.packing import PackedRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
@@ -53,8 +54,8 @@ class CorpusData:
             raise UserError(f"data.length is {self.length}; it must be 1 or more")
         if self.order not in get_args(Order):
             raise UserError(f'data.order is "{self.order}"; it must be one of {", ".join(get_args(Order))}')
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must be above 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,19 @@ class PasskeyData:
         """B at a step: `batch_size` at the first length, then a multiple of `multiple` for about as many tokens."""
         rows = batch_size * self.lengths[0] // self.length_at(step)
         return max(multiple, rows // multiple * multiple)
+
+
+def fingerprint(data: CorpusData | PasskeyData) -> str:
+    """SHA-256 (hex) of everything outside the config that batches depend on: the documents' names and texts, and the tokenizer.
+
+    Raises:
+      UserError: the tokenizer or the source is not usable.
+    """
+    digest = hashlib.sha256(load_tokenizer(data.tokenizer).fingerprint().encode())
+    if isinstance(data, CorpusData):
+        for name, text in documents(data.source):
+            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode(errors="replace")).digest())
+    return digest.hexdigest()
 
 
 def tokens_read(data: CorpusData | PasskeyData, batch_size: int, steps: int, divisor: int = 1) -> int:

@@ -1,15 +1,15 @@
 """Passkey accuracy over length and depth, by greedy decoding through the stream.
 
-Shape letters: B samples of a batch, P tokens of the prompt, A tokens of the answer, D channels.
+Shape letters: B samples of a batch, L tokens of a sample, P tokens of the prompt, A tokens of the answer, D channels.
 """
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import binomtest
 
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.tokenizers import Tokenizer
@@ -35,6 +35,8 @@ class PasskeyEvaluation:
         for name in ("samples", "batch_size", "digits"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.passkey.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.digits > 18:
+            raise UserError(f"evaluation.passkey.digits is {self.digits}; it must be from 1 to 18")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
             raise UserError(f"evaluation.passkey.depths is {self.depths}; it must be one or more numbers from 0 to 1")
 
@@ -52,9 +54,7 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
       answer_BA, int32.
     """
     B, P = prompt_BP.shape
-    last_hidden = lambda model, hidden_BTD, _: hidden_BTD[:, -1:]
-    hidden_BND, state = read(model, prompt_BP, model.init_state(B, capacity=P + answer_length - 1), segment=segment, visit=last_hidden)
-    first_B = jnp.argmax(model.logits(hidden_BND[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
+    _, state = read(model, prompt_BP[:, :-1], model.init_state(B, capacity=P + answer_length - 1), segment=segment)
 
     def decode(carry, _):
         token_B, state = carry
@@ -62,8 +62,8 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
         token_B = jnp.argmax(model.logits(hidden_B1D)[:, 0], axis=-1).astype(jnp.int32)
         return (token_B, state), token_B
 
-    _, rest_AB = jax.lax.scan(decode, (first_B, state), length=answer_length - 1)
-    return jnp.concatenate([first_B[:, None], rest_AB.T], axis=1)
+    _, answer_AB = jax.lax.scan(decode, (prompt_BP[:, -1], state), length=answer_length)
+    return answer_AB.T
 
 
 def evaluate_passkey(
@@ -87,34 +87,25 @@ def evaluate_passkey(
     cells, by_length, skipped = [], [], []
     run = jax.jit(answer_greedily, static_argnums=2, static_argnames="segment")
     for length in lengths:
+        right: dict[float, list[float]] = {depth: [] for depth in config.depths}
+        tokens, seconds, compiled = 0, 0.0, {}
         try:
-            samples = [
-                (depth, *passkey_sample(tokenizer, length + 1, depth, np.random.default_rng((seed, length, cell, i)), config.digits))
-                for cell, depth in enumerate(config.depths)
-                for i in range(config.samples)
-            ]
+            for batch in _batches(tokenizer, config, length, seed):
+                start = batch[0][2]
+                rows_BL = np.stack([row for _, row, _ in batch])
+                # A batch that is not full is filled up, so that a length is compiled once.
+                prompt_BP = np.resize(rows_BL[:, :start], (config.batch_size, start))
+                if start not in compiled:
+                    compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
+                clock = time.perf_counter()
+                answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(batch)]
+                seconds += time.perf_counter() - clock
+                tokens += prompt_BP.size
+                for (depth, row, _), answer in zip(batch, answer_BA):
+                    right[depth].append(float(np.mean(answer == row[start:])))
         except UserError as error:
             skipped.append({"length": length, "reason": str(error)})
             continue
-        # A tokenizer may give keys of one number of digits different numbers of tokens; a batch has one shape.
-        samples.sort(key=lambda sample: sample[2])
-        right: dict[float, list[float]] = {depth: [] for depth in config.depths}
-        tokens, seconds, compiled = 0, 0.0, {}
-        while samples:
-            start = samples[0][2]
-            batch = [sample for sample in samples[: config.batch_size] if sample[2] == start]
-            samples = samples[len(batch) :]
-            rows_BL = np.stack([row for _, row, _ in batch])
-            # The last batch is filled up, so that each length is compiled once.
-            prompt_BP = np.resize(rows_BL[:, :start], (config.batch_size, start))
-            if start not in compiled:
-                compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
-            clock = time.perf_counter()
-            answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(batch)]
-            seconds += time.perf_counter() - clock
-            tokens += prompt_BP.size
-            for (depth, row, _), answer in zip(batch, answer_BA):
-                right[depth].append(float(np.mean(answer == row[start:])))
         everything = [score for scores in right.values() for score in scores]
         cells += [{"length": length, "depth": depth, **_score(scores)} for depth, scores in right.items()]
         by_length.append({"length": length, **_score(everything), "seconds": seconds, "tokens_per_second": tokens / seconds})
@@ -125,8 +116,23 @@ def evaluate_passkey(
     return {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
 
 
+def _batches(tokenizer: Tokenizer, config: PasskeyEvaluation, length: int, seed: int) -> Iterator[list[tuple[float, np.ndarray, int]]]:
+    """Samples (depth, tokens, start of the answer) in batches; made one batch at a time, for a million tokens each are many bytes."""
+    places = [(cell, depth, i) for cell, depth in enumerate(config.depths) for i in range(config.samples)]
+    for at in range(0, len(places), config.batch_size):
+        # A tokenizer may give keys of one number of digits different numbers of tokens; a batch has one shape.
+        by_start: dict[int, list[tuple[float, np.ndarray, int]]] = {}
+        for cell, depth, i in places[at : at + config.batch_size]:
+            row, start = passkey_sample(tokenizer, length + 1, depth, np.random.default_rng((seed, length, cell, i)), config.digits)
+            by_start.setdefault(start, []).append((depth, row, start))
+        yield from by_start.values()
+
+
 def _score(shares: list[float]) -> dict:
     """Summary of samples, each given as the share of its key tokens that are right."""
+    # Here, because scipy.stats takes half a second to import.
+    from scipy.stats import binomtest
+
     exact = sum(share == 1 for share in shares)
     interval = binomtest(exact, len(shares)).proportion_ci(0.95, method="wilson")
     return {

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from infinicontext.data.corpora import Corpus
-from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model, read
 from infinicontext.objectives.next_token import token_losses
@@ -43,7 +42,7 @@ def evaluate_perplexity(
     config: PerplexityEvaluation,
     lengths: list[int],
     *,
-    longest: int,
+    limit: int,
     segment: int,
     say=lambda line: None,
 ) -> dict:
@@ -53,8 +52,8 @@ def evaluate_perplexity(
       model: any model with the corpus's vocabulary.
       corpus: documents the model was not trained on.
       config: how many documents and tokens.
-      lengths: context lengths to read.
-      longest: the longest length of the comparison, which decides the documents even where this model cannot read that far.
+      lengths: context lengths of the comparison; the longest that some document has decides the documents.
+      limit: the longest that this model can read; longer ones are skipped, but still decide the documents.
       segment: tokens per call.
       say: told of progress, a line per length.
 
@@ -63,8 +62,7 @@ def evaluate_perplexity(
       [2^i, 2^(i+1)) of the longest pass; skipped: lengths with the reason.
     """
     sizes = np.diff(corpus.starts)
-    # Documents as long as the comparison; if there are none, as long as the longest document allows.
-    reach = min(longest, int(sizes.max()) - 1)
+    reach = max((length for length in lengths if length < sizes.max()), default=int(sizes.max()) - 1)
     chosen = np.flatnonzero(sizes > reach)[: config.documents]
     tokens_BS = np.stack([corpus.document(i)[: reach + 1] for i in chosen])
     result = {
@@ -80,10 +78,13 @@ def evaluate_perplexity(
     run = jax.jit(stream_losses, static_argnames="segment")
     for length in sorted(lengths):
         if length > reach:
-            result["skipped"].append({"length": length, "reason": f"the longest validation document has {reach + 1} tokens"})
+            result["skipped"].append({"length": length, "reason": f"the longest validation document has {sizes.max()} tokens"})
             continue
         if length < config.scored:
             result["skipped"].append({"length": length, "reason": f"shorter than the {config.scored} tokens that are scored"})
+            continue
+        if length > limit:
+            result["skipped"].append({"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"})
             continue
         part_BS = tokens_BS[:, reach - length :]
         compiled = run.lower(model, part_BS, segment=segment).compile()
@@ -137,19 +138,23 @@ def ngram_losses(corpus: Corpus, vocab_size: int, batches: list[dict[str, np.nda
     inside[corpus.starts[:-1][np.diff(corpus.starts) > 0]] = False
     pairs, pair_counts = np.unique(tokens[:-1][inside[1:]] * vocab_size + tokens[1:][inside[1:]], return_counts=True)
     wanted = previous * vocab_size + target
-    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    # A last entry that no pair equals makes every search end at an entry.
+    pairs, pair_counts = np.append(pairs, vocab_size**2), np.append(pair_counts, 0)
+    at = np.searchsorted(pairs, wanted)
     pair = np.where(pairs[at] == wanted, pair_counts[at], 0)
     context = np.zeros(vocab_size, np.int64)
-    np.add.at(context, pairs // vocab_size, pair_counts)
+    np.add.at(context, pairs[:-1] // vocab_size, pair_counts[:-1])
     bigram = (pair + unigram[target]) / (context[previous] + 1)
     return {"unigram": float(-np.log(unigram[target]).mean()), "bigram": float(-np.log(bigram).mean())}
 
 
-def bits_per_byte(nll: float, tokenizer: Tokenizer, batches: list[dict[str, np.ndarray]]) -> float:
-    """A mean loss per target of the batches, in nats, as bits per byte of the targets' text."""
-    size = tokens = 0
-    for batch in batches:
-        for row, mask in zip(batch["tokens"][:, 1:], batch["loss_mask"]):
-            size += len(tokenizer.decode(row[mask > 0]).encode())
-            tokens += int(mask.sum())
-    return nll * tokens / (math.log(2) * max(size, 1))
+def bits_per_byte(nll: float, corpus: Corpus, start_id: int | None) -> float:
+    """A mean loss per token, in nats, as bits per byte of text, with as many tokens per byte as the corpus has on the whole.
+
+    Args:
+      nll: over tokens of the corpus.
+      corpus: the split that was scored.
+      start_id: the token before each document, which is no text and never a target.
+    """
+    targets = len(corpus.tokens) - (len(corpus) if start_id is not None else 0)
+    return nll * targets / (math.log(2) * int(corpus.bytes_per_document.sum()))

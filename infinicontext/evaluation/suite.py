@@ -1,13 +1,14 @@
 """What is measured of a trained model: the tasks by name, at lengths from within to far beyond what it was trained on."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import numpy as np
 
 from infinicontext.data.corpora import load_corpus
-from infinicontext.data.pipeline import CorpusData, PasskeyData, validation_batches
+from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
@@ -32,6 +33,8 @@ class Evaluation:
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"evaluation.lengths is {self.lengths}; it must be one or more lengths of at least 1")
+        if self.seed < 0:
+            raise UserError(f"evaluation.seed is {self.seed}; it must be 0 or more")
         for name in ("segment", "capacity"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be 1 or more")
@@ -43,7 +46,13 @@ def state_grows(model: Model) -> bool:
 
 
 def evaluate(
-    model: Model, evaluation: Evaluation, data: CorpusData | PasskeyData, validation_loss, *, batch_size: int, batches: int, seed: int, say
+    model: Model,
+    evaluation: Evaluation,
+    data: CorpusData | PasskeyData,
+    *,
+    validation: list[dict[str, np.ndarray]],
+    validation_nll: float,
+    say: Callable[[str], None],
 ) -> dict:
     """Runs the tasks.
 
@@ -51,10 +60,8 @@ def evaluate(
       model: a trained model.
       evaluation: tasks and lengths.
       data: what it was trained on: decides the tokenizer, and the documents of the perplexity task.
-      validation_loss: (model, batch) -> mean loss of a validation batch.
-      batch_size: rows of a validation batch.
-      batches: number of validation batches.
-      seed: of the validation batches.
+      validation: the validation batches of training, which the n-gram baselines are scored on too.
+      validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.
 
     Returns:
@@ -64,37 +71,30 @@ def evaluate(
     Raises:
       UserError: a task that does not fit the data.
     """
+    if "perplexity" in evaluation.tasks and not isinstance(data, CorpusData):
+        raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
     tokenizer = load_tokenizer(data.tokenizer)
     lengths = sorted(set(evaluation.lengths))
     limit = evaluation.capacity if state_grows(model) else max(lengths)
-    readable = [length for length in lengths if length <= limit]
-    beyond = [
-        {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
-        for length in lengths
-        if length > limit
-    ]
     tasks = {}
     if "perplexity" in evaluation.tasks:
-        if not isinstance(data, CorpusData):
-            raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
         held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
-        result = evaluate_perplexity(
-            model, held_out, evaluation.perplexity, readable, longest=max(lengths), segment=evaluation.segment, say=say
-        )
-        parts = validation_batches(data, batch_size, batches, seed)
-        loss = float(np.mean([float(validation_loss(model, part)) for part in parts]))
         train = load_corpus(data.source, tokenizer, "train", data.validation_fraction)
         tasks["perplexity"] = {
             "corpus": data.source,
             "tokenizer": data.tokenizer,
-            "validation_nll": loss,
-            "bits_per_byte": bits_per_byte(loss, tokenizer, parts),
-            "baselines": ngram_losses(train, tokenizer.vocab_size, parts),
-        } | result
+            "validation_nll": validation_nll,
+            "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
+            "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
+        } | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, segment=evaluation.segment, say=say)
     if "passkey" in evaluation.tasks:
+        readable = [length for length in lengths if length <= limit]
         tasks["passkey"] = evaluate_passkey(
             model, tokenizer, evaluation.passkey, readable, segment=evaluation.segment, seed=evaluation.seed, say=say
         )
-    for result in tasks.values():
-        result["skipped"] += beyond
+        tasks["passkey"]["skipped"] += [
+            {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
+            for length in lengths
+            if length > limit
+        ]
     return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}

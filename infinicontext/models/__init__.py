@@ -7,6 +7,7 @@ training, evaluation and the command line.
 import jax
 from flax import nnx
 
+from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
 
@@ -16,7 +17,13 @@ ModelConfig = TransformerConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:
-    """The model a config describes, with freshly drawn float32 parameters."""
+    """The model a config describes, with freshly drawn float32 parameters.
+
+    Raises:
+      UserError: float64 without JAX's double precision, which would silently be float32.
+    """
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("model.dtype is float64, which needs the environment variable JAX_ENABLE_X64=1")
     return MODELS[type(config)](config, rngs)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from infinicontext.errors import UserError
 
@@ -25,13 +26,16 @@ class Model(Protocol):
         """The state before the first token; `capacity` tokens will fit if the state is one that grows."""
 
     def room(self, state: State) -> jax.Array | None:
-        """How many more tokens fit, int32 scalar; None for a state that does not grow."""
+        """How many more tokens fit in each row, int32 [B]; None for a state that does not grow."""
 
     def hidden(self, tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, State]:
         """Reads T tokens (0 is allowed) from wherever the stream stands -> hidden_BTD, the state after them."""
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """The head."""
+        """The head: hidden_BTD -> logits_BTV."""
+
+    def __call__(self, tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, State]:
+        """`hidden` and the head: logits_BTV and the state."""
 
 
 def state_bytes(state: State) -> int:
@@ -39,10 +43,14 @@ def state_bytes(state: State) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def require_room(room: jax.Array | None, length: int) -> None:
-    """Raises UserError if `length` more tokens do not fit. Traced values are let through: compiled code marks overflow with NaN."""
-    if room is not None and not isinstance(room, jax.core.Tracer) and length > int(room):
-        raise UserError(f"the state has room for {int(room)} more tokens, not for {length}; its size is set by init_state(capacity=...)")
+def require_room(room_B: jax.Array | None, length_B: jax.Array | int) -> None:
+    """Raises UserError if `length_B` more tokens do not fit. Traced values are let through: compiled code marks overflow with NaN."""
+    if room_B is None or isinstance(room_B, jax.core.Tracer) or isinstance(length_B, jax.core.Tracer):
+        return
+    lacking_B = np.asarray(length_B) - np.asarray(room_B)
+    if lacking_B.max(initial=0) > 0:
+        room, length = int(np.asarray(room_B)[lacking_B.argmax()]), int(np.broadcast_to(length_B, lacking_B.shape)[lacking_B.argmax()])
+        raise UserError(f"the state has room for {room} more tokens, not for {length}; its size is set by init_state(capacity=...)")
 
 
 def abstract_state_bytes(model: Model, length: int) -> int:
@@ -86,8 +94,13 @@ def read(
 
     B, L = tokens_BL.shape
     whole = L - L % segment
-    cut = lambda x: jnp.moveaxis(x[:, :whole].reshape(B, whole // segment, segment, *x.shape[2:]), 1, 0)
-    state, kept = jax.lax.scan(call, state, jax.tree.map(cut, (tokens_BL, extra)))
+
+    def numbered_segment(state, number):
+        # Cutting inside the loop keeps the stream from being copied as a whole.
+        return call(state, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * segment, segment, axis=1), (tokens_BL, extra)))
+
+    tokens_BL, extra = jax.tree.map(jnp.asarray, (tokens_BL, extra))
+    state, kept = jax.lax.scan(numbered_segment, state, jnp.arange(whole // segment))
     kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:]), kept)
     if whole < L or L == 0:
         state, last = call(state, jax.tree.map(lambda x: x[:, whole:], (tokens_BL, extra)))

@@ -161,7 +161,7 @@ class Attention(nnx.Module):
             o_BTHK = attention.full_attention(q_BTHK, after, place, now)
         elif x_BTD.shape[1] == 1:
             # A single token overwrites only the key that has just left its window, so it can read the ring as it lies.
-            seen_BTS = attention.visible(place.position_BT, place.segment_BT, now, _reach(config))
+            seen_BTS = attention.visible(place.position_BT, place.document_BT, now, _reach(config))
             o_BTHK = attention.attend(q_BTHK, after.k_BSGK, after.v_BSGK, seen_BTS)
         else:
             o_BTHK = attention.window_attention(q_BTHK, k_BTGK, v_BTGK, place, cache, old, _reach(config))
@@ -224,8 +224,8 @@ class Transformer(nnx.Module):
         )
 
     def room(self, state: TransformerState) -> jax.Array | None:
-        """How many more tokens fit, int32 scalar; None for windows."""
-        return None if self.config.span else state.slots.position_BS.shape[1] - jnp.max(state.cursor.count_B)
+        """How many more tokens fit in each row, int32 [B]; None for windows."""
+        return None if self.config.span else state.slots.position_BS.shape[1] - state.cursor.count_B
 
     def hidden(
         self, tokens_BT: jax.Array, state: TransformerState, segment_ids_BT: jax.Array | None = None
@@ -247,14 +247,13 @@ class Transformer(nnx.Module):
         config, T = self.config, tokens_BT.shape[1]
         if T == 0:
             return jnp.zeros((*tokens_BT.shape, config.dim), config.dtype), state
-        if segment_ids_BT is None:
-            require_room(self.room(state), T)
+        require_room(self.room(state), T if segment_ids_BT is None else jnp.sum(segment_ids_BT > 0, axis=1))
         place, next_cursor = cursor.advance(state.cursor, T, segment_ids_BT)
         count = state.slots.position_BS.shape[1]
         slot_BT = attention.slot_index(place, count, ring=config.span is not None)
         now = Slots(
             attention.write(state.slots.position_BS, place.position_BT, slot_BT),
-            attention.write(state.slots.segment_BS, place.segment_BT, slot_BT),
+            attention.write(state.slots.document_BS, place.document_BT, slot_BT),
         )
         rotation_BTR = rope_cos_sin(rope_table(config.rope, config.head_size), place.position_BT, at_least_float32(config.dtype))
 

@@ -24,7 +24,7 @@ class Slots(NamedTuple):
     """What each slot of a cache holds, the same for all layers: 8 bytes per slot and row."""
 
     position_BS: jax.Array  # int32, position of the key within its document
-    segment_BS: jax.Array  # int32, the document; 0 for an empty slot
+    document_BS: jax.Array  # int32, the document; 0 for an empty slot
 
 
 class Cache(NamedTuple):
@@ -60,7 +60,7 @@ def slot_index(place: Place, count: int, *, ring: bool) -> jax.Array:
 
     It is `count`, which is no slot, for padding, for what does not fit, and for what a later token of the call would overwrite in the ring.
     """
-    index_BT, valid_BT = place.index_BT, place.segment_BT > 0
+    index_BT, valid_BT = place.index_BT, place.document_BT > 0
     if not ring:
         return jnp.where(valid_BT, jnp.minimum(index_BT, count), count)
     later_BT = jnp.sum(valid_BT, axis=1, keepdims=True, dtype=jnp.int32) - jnp.arange(index_BT.shape[1], dtype=jnp.int32)[None]
@@ -93,10 +93,10 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: ja
     return (o_BTGRK / total_BTGR1).reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
-def visible(position_BT: jax.Array, segment_BT: jax.Array, slots: Slots, reach: Reach) -> jax.Array:
+def visible(position_BT: jax.Array, document_BT: jax.Array, slots: Slots, reach: Reach) -> jax.Array:
     """Which slots each token sees, bool [B, T, S]: same document, not in the future, within reach."""
     q_BT1, k_B1S = position_BT[:, :, None], slots.position_BS[:, None]
-    same_BTS = (segment_BT[:, :, None] == slots.segment_BS[:, None]) & (slots.segment_BS[:, None] > 0)
+    same_BTS = (document_BT[:, :, None] == slots.document_BS[:, None]) & (slots.document_BS[:, None] > 0)
     return same_BTS & (k_B1S <= q_BT1) & reach(q_BT1, k_B1S)
 
 
@@ -110,10 +110,10 @@ def full_attention(q_BTHK: jax.Array, cache: Cache, place: Place, slots: Slots, 
     """
 
     def one_block(xs):
-        q_BCHK, position_BC, segment_BC = xs
-        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, visible(position_BC, segment_BC, slots, everything()))
+        q_BCHK, position_BC, document_BC = xs
+        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, visible(position_BC, document_BC, slots, everything()))
 
-    queries = (q_BTHK, place.position_BT, place.segment_BT)
+    queries = (q_BTHK, place.position_BT, place.document_BT)
     block = _default_block() if block is None else block
     if q_BTHK.shape[1] <= block:
         return one_block(queries)
@@ -159,12 +159,12 @@ def window_attention(
     # Oldest first, so that keys leave the window from the left: column j holds token number index_B0 - S + j.
     order_BS = (place.index_BT[:, :1] + jnp.arange(S, dtype=jnp.int32)[None]) % S
     before = jax.tree.map(lambda x: jnp.take_along_axis(x, order_BS.reshape(order_BS.shape + (1,) * (x.ndim - 2)), axis=1), (ring, slots))
-    new = (Cache(k_BTGK, v_BTGK), Slots(place.position_BT, place.segment_BT))
-    queries = (q_BTHK, place.position_BT, place.segment_BT)
+    new = (Cache(k_BTGK, v_BTGK), Slots(place.position_BT, place.document_BT))
+    queries = (q_BTHK, place.position_BT, place.document_BT)
 
     def one_block(queries, keys):
-        (q_BCHK, position_BC, segment_BC), (cache, slots) = queries, keys
-        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, visible(position_BC, segment_BC, slots, reach))
+        (q_BCHK, position_BC, document_BC), (cache, slots) = queries, keys
+        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, visible(position_BC, document_BC, slots, reach))
 
     if block >= T:
         return one_block(queries, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, new))
@@ -173,9 +173,7 @@ def window_attention(
         # Block n sees columns n * C to n * C + S + C of all keys in order.
         columns_NW = jnp.arange(0, T, block)[:, None] + jnp.arange(S + block)[None]
         windows = jax.tree.map(lambda a, b: _windows(jnp.concatenate([a, b], axis=1), columns_NW), before, new)
-        folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (_split(queries, block), windows))
-        o_NBCHK = one_block(*folded).reshape(columns_NW.shape[0], q_BTHK.shape[0], block, *q_BTHK.shape[2:])
-        return _join(o_NBCHK, T)
+        return _join(jax.vmap(one_block)(_split(queries, block), windows), T)
 
     @jax.checkpoint
     def step(before, xs):

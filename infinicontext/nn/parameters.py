@@ -42,6 +42,12 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs(), count))
 
 
+def parameter_groups(module: nnx.Module) -> set[str]:
+    """Names of the groups that a module's parameters are in."""
+    variables = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {variable.get_metadata()["group"] for variable in variables}
+
+
 def parameter_count(tree) -> int:
     """Number of scalars in a module (or in its abstract shape)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -76,6 +76,11 @@ def token_weights(objective: NextToken, batch: dict[str, jax.Array]) -> jax.Arra
     return weights_BT + objective.context_weight * mean(batch["loss_mask"]) if objective.context_weight else weights_BT
 
 
+def counted(objective: NextToken, batch: dict) -> float:
+    """How many targets a batch's loss is the mean of: what it weighs in a mean over batches."""
+    return float(batch["loss_mask" if objective.loss == "all" else "answer_mask"].sum())
+
+
 def weighted_loss(objective: NextToken, model: Model, batch: dict[str, jax.Array]) -> jax.Array:
     """Reads rows from an empty state and sums their weighted losses.
 

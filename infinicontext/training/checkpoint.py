@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -45,13 +46,19 @@ def _checksums(tree) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 2):
+    def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
+        """Opens a run's checkpoints: `keep` of them for the one process that trains, None to read only."""
         # The storage logs errors that are handled and reported here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = workdir.absolute() / "checkpoints"
         self._aside = workdir.absolute() / "unreadable_checkpoints"
+        if keep is None and not self.folder.is_dir():
+            raise UserError(f"{workdir} holds no checkpoint yet")
+        # What a killed process left half written goes away, but only when no one else can be writing.
         self._orbax = ocp.training.Checkpointer(
-            self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True
+            self.folder,
+            preservation_policy=None if keep is None else ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=keep is not None,
         )
 
     def steps(self) -> list[int]:
@@ -136,6 +143,8 @@ class Checkpoints:
             self._aside.mkdir(exist_ok=True)
             shutil.rmtree(self._aside / str(step), ignore_errors=True)
             shutil.move(self.folder / str(step), self._aside / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint put aside")
         self._orbax.reload()
 
 

@@ -17,7 +17,6 @@ PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -82,6 +81,11 @@ class MetricsWriter:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items() if key != "step"
             )
             print(f"{self._name} step {record['step']}/{self._steps} {fields}", file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Waits until all records are on the disk."""
+        if self._active:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the files and the bar."""

@@ -28,7 +28,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     final_fraction: float = 0.1  # of the peak, at the last step
-    weight_decay: float = 0.1  # of parameters with two axes or more
+    weight_decay: float = 0.1  # of parameters with two named axes or more: not of norms and biases
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-8
@@ -60,6 +60,16 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether a parameter with these axes maps vectors to vectors; biases of several heads have one named axis only."""
+    return sum(axis is not None for axis in axes) > 1
+
+
+def updates_done(state: optax.OptState) -> jax.Array:
+    """How many updates `make_optimizer`'s transformation has applied: steps without those that were skipped."""
+    return state.inner_state[-1].count
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, Adam, decay, schedule; updates of a non-finite gradient are skipped and counted (optax.apply_if_finite)."""
     groups = {group.name: group for group in config.groups}
@@ -70,11 +80,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             metadata = param.get_metadata()
             group = groups.get(metadata["group"])
             if group is None:
-                rate, decay = config.learning_rate, config.weight_decay if len(metadata["axes"]) > 1 else 0.0
+                rate, decay = config.learning_rate, config.weight_decay if is_matrix(metadata["axes"]) else 0.0
             else:
                 rate, decay = group.learning_rate, group.weight_decay
             step = update[...] + decay * param[...] if decay else update[...]
-            return update.replace(-rate * fraction(state.count).astype(jnp.float32) * step)
+            return update.replace(-rate * jnp.asarray(fraction(state.count), jnp.float32) * step)
 
         is_parameter = lambda leaf: isinstance(leaf, nnx.Variable)
         return jax.tree.map(one, updates, params, is_leaf=is_parameter), optax.ScaleByScheduleState(state.count + 1)

@@ -3,10 +3,13 @@
 config.json (experiment, versions, commit, command), metrics.jsonl, tensorboard/, checkpoints/, eval.json.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,37 +21,76 @@ from infinicontext.experiment import Experiment, differences, from_plain, to_pla
 from infinicontext.nn.parameters import parameter_count
 
 
-def open_run_folder(experiment: Experiment, workdir: pathlib.Path, allow_config_change: bool, command: str) -> None:
-    """Writes config.json, or compares the experiment with the one that is there.
+def check_run_folder(experiment: Experiment, workdir: pathlib.Path, data_fingerprint: str, allow_config_change: bool) -> None:
+    """Compares an experiment and its data with the run in a folder, if there is one; changes nothing.
 
     Raises:
       UserError: the folder cannot be used, or belongs to another experiment.
     """
-    path = workdir / "config.json"
-    if path.exists():
+    if (workdir / "config.json").exists():
         changes = differences(load_config(workdir), experiment)
+        if not changes and json.loads((workdir / "config.json").read_text()).get("data_fingerprint") != data_fingerprint:
+            changes = ["the documents or the tokenizer that data names are no longer the same"]
         if changes and not allow_config_change:
             raise UserError(
                 f"{workdir} was started with another config ({'; '.join(changes[:5])}); pass --allow-config-change to go on, or use a "
                 "new --workdir"
             )
-        if not changes:
-            return
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; it must be a folder")
+    elif workdir.exists() and any(not _is_leftover(path) for path in workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty and holds no run (no config.json); use a new folder")
+
+
+def _is_leftover(path: pathlib.Path) -> bool:
+    """What a process that was killed before its first step can leave behind."""
+    return path.name in (".lock", "config.json.tmp") or (path.is_dir() and not any(path.iterdir()))
+
+
+def write_config(experiment: Experiment, workdir: pathlib.Path, data_fingerprint: str, command: str) -> None:
+    """Writes config.json, unless it already says the same."""
+    record = {
+        "experiment": to_plain(experiment),
+        "parameters": parameter_count(models.abstract(experiment.model)),
+        "data_fingerprint": data_fingerprint,
+        "versions": versions(),
+        "commit": commit(),
+        "command": command,
+    }
+    path = workdir / "config.json"
+    same = ("experiment", "data_fingerprint")
+    if path.exists() and all(json.loads(path.read_text()).get(key) == record[key] for key in same):
+        return
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
-        record = {
-            "experiment": to_plain(experiment),
-            "parameters": parameter_count(models.abstract(experiment.model)),
-            "versions": versions(),
-            "commit": commit(),
-            "command": command,
-        }
         write_json(path, record)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path):
+    """Makes the folder and keeps other training processes out of it; a folder that stays empty is removed again.
+
+    Raises:
+      UserError: the folder cannot be made, or another process trains in it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir {workdir} is in use by another training process") from None
+        try:
+            yield
+        finally:
+            (workdir / ".lock").unlink(missing_ok=True)
+            if not (workdir / "config.json").exists() and all(_is_leftover(path) for path in workdir.iterdir()):
+                shutil.rmtree(workdir)
 
 
 def load_config(workdir: pathlib.Path) -> Experiment:
@@ -62,7 +104,7 @@ def load_config(workdir: pathlib.Path) -> Experiment:
         raise UserError(f"{workdir} is not a run folder: it has no config.json")
     try:
         return from_plain(json.loads(path.read_text())["experiment"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
