@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if subject is None or subject.startswith("-"):
             if "--help" in arguments or "-h" in arguments:
                 options.parser.print_help()
-                return
+                sys.exit(0)
             if options.run is not run_info:
-                options.parser.error("it is missing what to work on")
+                options.parser.error("the run folder is missing" if options.run is run_eval else "the experiment is missing")
         options.run(options)
     except UserError as error:
         print(f"infinicontext: {error}", file=sys.stderr)

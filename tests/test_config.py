@@ -75,7 +75,7 @@ experiments = st.builds(
     name=st.text(max_size=20),
     model=configs,
     data=st.one_of(corpora, passkeys),
-    objective=st.builds(NextToken, loss=st.sampled_from(["all", "answers"]), context_weight=numbers),
+    objective=st.builds(NextToken, chunk=st.integers(1, 10**6), context_weight=numbers),
     optimizer=optimizers,
     mesh=st.builds(MeshConfig, data=st.sampled_from([-1, 1, 8]), tensor=st.integers(1, 8)),
     evaluation=st.builds(Evaluation, lengths=st.lists(st.integers(1, 2**20), min_size=1, max_size=4).map(tuple)),

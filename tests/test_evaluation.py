@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infinicontext import models
-from infinicontext.data.corpora import Corpus
-from infinicontext.data.packing import PackedRows
+from infinicontext.data.corpora import Corpus, load_corpus
 from infinicontext.data.passkey import FILLER, INSTRUCTION, KEY_LINE, QUESTION
 from infinicontext.data.tokenizers import ByteTokenizer, load_tokenizer
 from infinicontext.evaluation.passkey import PasskeyEvaluation, answer_greedily, evaluate_passkey
@@ -66,9 +65,9 @@ def test_stream_losses_equal_one_call(kind, segment):
 
 
 @functools.cache
-def evaluated(kind: str, lengths=(10, 25, 40), longest=40, documents=8) -> dict:
+def evaluated(kind: str, lengths=(10, 25, 40), limit=1000, documents=8) -> dict:
     config = PerplexityEvaluation(documents=documents, scored=10)
-    return evaluate_perplexity(tiny(kind), CORPUS, config, list(lengths), longest=longest, segment=8)
+    return evaluate_perplexity(tiny(kind), CORPUS, config, list(lengths), limit=limit, segment=8)
 
 
 def test_every_length_scores_the_same_tokens():
@@ -98,9 +97,16 @@ def test_positions_add_up_to_the_mean():
 
 
 def test_documents_do_not_depend_on_what_the_model_can_read():
-    short, long = evaluated("full", lengths=(10,))["by_length"], evaluated("full")["by_length"]
-    assert short[0]["nll"] == long[0]["nll"]
-    assert evaluated("full", lengths=(10,), longest=10)["by_length"][0]["documents"] == 4
+    short, long = evaluated("full", limit=10), evaluated("full")
+    assert [row["length"] for row in short["by_length"]] == [10]
+    assert [row["length"] for row in short["skipped"]] == [25, 40]
+    assert "evaluation.capacity is 10" in short["skipped"][0]["reason"]
+    assert short["by_length"][0]["nll"] == long["by_length"][0]["nll"]
+    assert evaluated("full", lengths=(10,))["by_length"][0]["documents"] == 4
+
+
+def test_a_length_that_no_document_has_changes_nothing_for_the_others():
+    assert evaluated("full", lengths=(10, 25, 40, 10**6))["by_length"][0]["nll"] == evaluated("full")["by_length"][0]["nll"]
 
 
 def test_no_more_documents_than_asked_for():
@@ -109,7 +115,7 @@ def test_no_more_documents_than_asked_for():
 
 
 def test_lengths_that_cannot_be_scored_are_skipped_with_the_reason():
-    result = evaluated("full", lengths=(9, 10, 60, 1000), longest=1000)
+    result = evaluated("full", lengths=(9, 10, 60, 1000))
     assert [row["length"] for row in result["by_length"]] == [10]
     assert {row["length"]: row["reason"] for row in result["skipped"]} == {
         9: "shorter than the 10 tokens that are scored",
@@ -119,11 +125,6 @@ def test_lengths_that_cannot_be_scored_are_skipped_with_the_reason():
 
 
 # Baselines.
-
-
-def batches_of(corpus: Corpus, length: int) -> list[dict[str, np.ndarray]]:
-    rows = PackedRows(corpus, length)
-    return [{name: value[None] for name, value in rows[i].items()} for i in range(len(rows))]
 
 
 token_lists = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=6)
@@ -148,22 +149,19 @@ def test_ngram_losses_are_those_of_counting(documents, row):
 
 
 @pytest.mark.parametrize("text", ["plain text, longer than a row", "Grüße, 世界! Each sign of several bytes may lie across two rows."])
-@pytest.mark.parametrize("length", [7, 100])
-def test_bits_per_byte_of_a_byte_model(text, length):
+def test_bits_per_byte_of_a_byte_model(text, tmp_path):
     """Every target is one byte (a start token is no target), so a loss of ln 2 per token is one bit per byte."""
-    tokenizer = ByteTokenizer()
-    documents = [[tokenizer.start_id, *tokenizer.encode(part)] for part in (text, "and another")]
-    batches = batches_of(corpus_of(documents), length)
-    assert sum(int(batch["loss_mask"].sum()) for batch in batches) > len(text)
-    assert bits_per_byte(3 * math.log(2), tokenizer, batches) == pytest.approx(3)
+    assert bits_per_byte(3 * math.log(2), *corpus_with(text, ByteTokenizer(), tmp_path)) == pytest.approx(3)
 
 
-def test_bits_per_byte_of_a_word_model():
+def test_bits_per_byte_of_a_word_model(tmp_path):
     """Two words of 3 and 6 bytes with a space between: 2 tokens in 10 bytes."""
-    tokenizer = load_tokenizer("passkey")
-    tokens_S = np.array([tokenizer.start_id, *tokenizer.encode("the hidden")])
-    batch = {"tokens": tokens_S[None], "loss_mask": np.ones((1, 2))}
-    assert bits_per_byte(math.log(2), tokenizer, [batch]) == pytest.approx(2 / 10)
+    assert bits_per_byte(math.log(2), *corpus_with("the hidden", load_tokenizer("passkey"), tmp_path)) == pytest.approx(2 / 10)
+
+
+def corpus_with(text: str, tokenizer, folder) -> tuple[Corpus, int]:
+    (folder / "text.txt").write_text(text)
+    return load_corpus(str(folder / "text.txt"), tokenizer, "train", 1e-9), tokenizer.start_id
 
 
 # Passkey. B rows, T tokens of a call, W tokens the oracle sees.

@@ -47,7 +47,7 @@ def test_shapes_and_dtypes(kind, source):
     length = 150 if kind == "passkey" else 64
     for batch in (take(1, data)[0], validation_batches(make(kind, source), 8, 1, 0)[0]):
         rows, S = batch["tokens"].shape
-        assert (rows, S) in {(8, length + 1), (8, 301)}
+        assert (rows, S) in {(8, length + 1), (4, 301)}
         assert batch["tokens"].dtype == batch["segment_ids"].dtype == np.int32
         assert batch["segment_ids"].shape == (rows, S)
         assert batch["loss_mask"].shape == batch["answer_mask"].shape == (rows, S - 1)
@@ -197,4 +197,6 @@ def test_errors_before_the_first_batch(source, tmp_path):
         with pytest.raises(UserError, match=r"data\.lengths holds 60, for samples of 61 tokens: .* at least"):
             batches(PasskeyData(lengths=(256, 60), stage_steps=(2,)))
     with pytest.raises(UserError, match="no document in its validation split"):
-        validation_batches(CorpusData(source, validation_fraction=0.0), 8, 1, 0)
+        validation_batches(CorpusData(source, validation_fraction=1e-9), 8, 1, 0)
+    with pytest.raises(UserError, match="validation_fraction is 0"):
+        CorpusData(source, validation_fraction=0)

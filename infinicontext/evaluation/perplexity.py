@@ -77,14 +77,14 @@ def evaluate_perplexity(
     }
     run = jax.jit(stream_losses, static_argnames="segment")
     for length in sorted(lengths):
+        if length > limit:
+            result["skipped"].append({"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"})
+            continue
         if length > reach:
             result["skipped"].append({"length": length, "reason": f"the longest validation document has {sizes.max()} tokens"})
             continue
         if length < config.scored:
             result["skipped"].append({"length": length, "reason": f"shorter than the {config.scored} tokens that are scored"})
-            continue
-        if length > limit:
-            result["skipped"].append({"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"})
             continue
         part_BS = tokens_BS[:, reach - length :]
         compiled = run.lower(model, part_BS, segment=segment).compile()

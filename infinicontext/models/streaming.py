@@ -99,10 +99,13 @@ def read(
         # Cutting inside the loop keeps the stream from being copied as a whole.
         return call(state, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * segment, segment, axis=1), (tokens_BL, extra)))
 
+    if segment > L:
+        state, kept = call(state, (tokens_BL, extra))
+        return kept, state
     tokens_BL, extra = jax.tree.map(jnp.asarray, (tokens_BL, extra))
     state, kept = jax.lax.scan(numbered_segment, state, jnp.arange(whole // segment))
     kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:]), kept)
-    if whole < L or L == 0:
+    if whole < L:
         state, last = call(state, jax.tree.map(lambda x: x[:, whole:], (tokens_BL, extra)))
         kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), kept, last)
     return kept, state
