@@ -139,9 +139,15 @@ def test_mesh_axes_and_divisor():
 
 
 def test_rules():
-    assert sharding.partition_spec(("embed", "heads", None)) == P("fsdp", "tensor", None)
-    assert sharding.partition_spec(("heads", "mlp")) == P("tensor", None)
-    assert sharding.partition_spec(("batch", "embed")) == P(("data", "fsdp"), None)
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 1, 2))
+    spec = lambda axes, shape: sharding.partition_spec(axes, shape, mesh)
+    assert spec(("embed", "heads", None), (8, 4, 3)) == P("fsdp", "tensor", None)
+    assert spec(("heads", "mlp"), (4, 8)) == P("tensor", None)
+    assert spec(("batch", "embed"), (8, 8)) == P(("data", "fsdp"), None)
+    # What the mesh does not divide is not split, and leaves the mesh axis to the next dimension.
+    assert spec(("vocab", "embed"), (257, 8)) == P(None, "fsdp")
+    assert spec(("kv_heads", "mlp"), (1, 8)) == P(None, "tensor")
+    assert spec(("batch", None), (6, 3)) == P(None, None)
 
 
 def test_constrain_does_nothing_without_a_mesh():
