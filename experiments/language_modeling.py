@@ -27,11 +27,11 @@ def full() -> Experiment:
         evaluation=Evaluation(
             tasks=("perplexity",), lengths=(512, 1024, 2048, 4096, 8192, 16384), capacity=4096, perplexity=PerplexityEvaluation(documents=4)
         ),
-        steps=300,
+        steps=240,
         batch_size=8,
-        validation_every=50,
+        validation_every=40,
         validation_batches=16,
-        checkpoint_every=100,
+        checkpoint_every=80,
     )
 
 
@@ -63,7 +63,7 @@ def demo() -> list[Experiment]:
             model=dataclasses.replace(experiment.model, dim=64, layers=3),
             data=dataclasses.replace(experiment.data, length=256),
             evaluation=dataclasses.replace(experiment.evaluation, lengths=(256, 512, 1024, 2048, 4096)),
-            steps=200,
+            steps=160,
             batch_size=16,
         )
         for experiment in (full(), window(), block_window())

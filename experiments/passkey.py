@@ -1,6 +1,6 @@
 """Passkey retrieval: a number said once in a lot of irrelevant text, asked for at the end.
 
-Word-level models of 0.1 million parameters, trained on a curriculum of 128, 256 and 512 tokens, asked at up to 64 times that.
+Word-level models of 0.1 million parameters, trained on 128 and then 256 tokens, asked at up to 128 times that.
 
     infinicontext train experiments/passkey.py:window --workdir runs/window
     infinicontext sweep experiments/passkey.py:all --workdir runs/passkey
@@ -23,13 +23,13 @@ def full() -> Experiment:
     return Experiment(
         name="full",
         model=TransformerConfig(vocab_size=64, dim=64, layers=2, heads=4),
-        data=PasskeyData(tokenizer="passkey", lengths=(128, 256, 512), stage_steps=(300, 200)),
+        data=PasskeyData(tokenizer="passkey", lengths=(128, 256), stage_steps=(250,)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01),
         evaluation=Evaluation(
-            tasks=("passkey",), lengths=(128, 256, 512, 1024, 2048, 4096, 32768), capacity=4096, passkey=PasskeyEvaluation(samples=20)
+            tasks=("passkey",), lengths=(128, 256, 512, 1024, 4096, 32768), capacity=4096, passkey=PasskeyEvaluation(samples=20)
         ),
-        steps=700,
+        steps=500,
         batch_size=32,
         log_every=20,
         validation_every=100,
@@ -62,7 +62,7 @@ def demo() -> list[Experiment]:
         dataclasses.replace(
             experiment,
             name=f"passkey_{experiment.name}",
-            data=dataclasses.replace(experiment.data, lengths=(128, 256), stage_steps=(200,)),
+            data=dataclasses.replace(experiment.data, stage_steps=(200,)),
             evaluation=dataclasses.replace(
                 experiment.evaluation, lengths=(128, 256, 512, 1024, 4096, 16384), capacity=1024, passkey=PasskeyEvaluation(samples=10)
             ),

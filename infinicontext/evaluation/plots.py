@@ -215,7 +215,7 @@ def _loss(runs: list[Run], data: str) -> Plot | None:
     runs = [run for run in runs if run.training or run.validation]
     if not runs:
         return None
-    title = f"Loss: {data}"
+    title = f"Loss: {data.partition(' ')[2] or data}"
     figure, (axes,) = _panels([3.7])
     shown: list[float] = []
     for run in runs:
