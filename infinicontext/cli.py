@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import inspect
 import io
-import json
 import pathlib
 import re
 import shlex
@@ -17,21 +16,18 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 import tyro
 
 from infinicontext import models, sharding
-from infinicontext.data.pipeline import CorpusData, PasskeyData, validation_batches
-from infinicontext.data.tokenizers import load_tokenizer
+from infinicontext.data.pipeline import PasskeyData
 from infinicontext.errors import UserError
-from infinicontext.evaluation.suite import evaluate
-from infinicontext.experiment import Experiment, differences, to_plain
+from infinicontext.evaluation.suite import state_grows
+from infinicontext.experiment import Experiment, differences
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
-from infinicontext.objectives.next_token import counted
-from infinicontext.training.checkpoint import Checkpoints
+from infinicontext.training.evaluate import evaluate_run, is_evaluated
 from infinicontext.training.loop import check, describe_step, enable_compilation_cache, train
-from infinicontext.training.run_folder import load_config, versions, write_json
+from infinicontext.training.run_folder import load_config, versions
 from infinicontext.training.step import make_steps
 
 
@@ -127,6 +123,12 @@ def run_eval(options: argparse.Namespace) -> None:
     experiment = override(trained, options)
     if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
         raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
+    longest, capacity = max(experiment.evaluation.lengths), experiment.evaluation.capacity
+    if options.lengths and longest > capacity and state_grows(models.abstract(experiment.model)):
+        raise UserError(
+            f"--lengths has {longest}, but this model's state grows with length and evaluation.capacity is {capacity}; raise "
+            "--evaluation.capacity if there is memory for it"
+        )
     evaluate_run(experiment, folder, options.output or folder / "eval.json", options.step)
 
 
@@ -181,7 +183,7 @@ def run_info(options: argparse.Namespace) -> None:
         init, train_step, _, where = make_steps(experiment, mesh)
         abstract = jax.eval_shape(init, jax.random.key(0))
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-        rows, length = experiment.batch_size, train_length(experiment)
+        rows, length = experiment.batch_size, experiment.train_length
         if isinstance(experiment.data, PasskeyData):
             rows = experiment.data.rows_at(experiment.steps, rows, sharding.batch_divisor(mesh) * experiment.accumulation)
         shapes = {
@@ -192,73 +194,6 @@ def run_info(options: argparse.Namespace) -> None:
         }
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
         print(describe_step(train_step.lower(like, batch).compile(), experiment, model, rows, length))
-
-
-def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
-    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint."""
-    check(experiment)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_name(output.name + ".tmp").touch()
-        output.with_name(output.name + ".tmp").unlink()
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
-    enable_compilation_cache(experiment)
-    mesh = sharding.make_mesh(experiment.mesh)
-    with jax.set_mesh(mesh):
-        _, _, validation_loss, where = make_steps(experiment, mesh)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), models.abstract(experiment.model), where.model)
-        checkpoints = Checkpoints(folder)
-        try:
-            step, model = checkpoints.restore_model(like, step)
-        finally:
-            checkpoints.close()
-        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
-        losses = [float(validation_loss(model, batch)) for batch in batches]
-        result = evaluate(
-            model,
-            experiment.evaluation,
-            experiment.data,
-            validation=batches,
-            validation_nll=float(np.average(losses, weights=[counted(experiment.objective, batch) for batch in batches])),
-            say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
-        )
-    record = {
-        "run": experiment.name,
-        "step": step,
-        "parameters": parameter_count(model),
-        "train_length": train_length(experiment),
-        "tokenizer_fingerprint": load_tokenizer(experiment.data.tokenizer).fingerprint(),
-    } | result
-    for task in record["tasks"].values():
-        task["evaluation"] = to_plain(experiment.evaluation)
-    before = read_evaluation(output)
-    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "tokenizer_fingerprint")):
-        record["state_bytes"] = before["state_bytes"] | record["state_bytes"]
-        record["tasks"] = before["tasks"] | record["tasks"]
-    write_json(output, record)
-    print(output)
-
-
-def read_evaluation(output: pathlib.Path) -> dict:
-    """An eval.json, or nothing where there is none that can be read."""
-    try:
-        return json.loads(output.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
-    """Whether all tasks were run on the last step with the same settings."""
-    record = read_evaluation(output)
-    settings = to_plain(experiment.evaluation)
-    done = [name for name, task in record.get("tasks", {}).items() if task.get("evaluation") == settings]
-    return record.get("step") == experiment.steps and set(experiment.evaluation.tasks) <= set(done)
-
-
-def train_length(experiment: Experiment) -> int:
-    """Tokens of a training row, at the end of a curriculum."""
-    return experiment.data.length if isinstance(experiment.data, CorpusData) else max(experiment.data.lengths)
 
 
 def load(reference: str):

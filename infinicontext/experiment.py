@@ -56,6 +56,11 @@ class Experiment:
         if self.objective.loss == "answers" and isinstance(self.data, CorpusData):
             raise UserError("objective.loss is answers, but data is CorpusData, which marks no answers; use all")
 
+    @property
+    def train_length(self) -> int:
+        """Tokens of a training row, at the end of a curriculum."""
+        return self.data.length if isinstance(self.data, CorpusData) else max(self.data.lengths)
+
 
 def to_plain(config) -> dict:
     """A dataclass as dicts and lists; each dict names its class under "type", so that unions come back as they were."""

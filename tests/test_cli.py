@@ -192,6 +192,7 @@ MISTAKES = {
     "eval runs/full --tasks perplexit": ["perplexit", "perplexity", "passkey"],
     "eval runs/keys --tasks perplexity": ["evaluation.tasks", "perplexity", "PasskeyData"],
     "eval runs/full --lengths 0": ["length 0", "64k"],
+    "eval runs/full --lengths 32 1k": ["--lengths has 1024", "evaluation.capacity is 64"],
     "eval runs/full --lengths 16 4q": ["length 4q", "64k"],
     "eval runs/full --lengths -1": ["length -1", "64k"],
     "eval runs/full --lengths ''": ["length", "64k"],
@@ -293,10 +294,11 @@ def test_a_finished_sweep_does_nothing_new(world):
     assert tree(world) == before
 
 
-def test_eval_at_other_lengths_skips_what_does_not_fit(world, tmp_path):
+def test_eval_at_other_lengths(world, tmp_path):
+    """Lengths of the experiment that do not fit are skipped; those asked for on the command line are refused (see MISTAKES)."""
     before = tree(world)
     output = tmp_path / "deep" / "eval.json"
-    main(["eval", "runs/full", "--tasks", "perplexity", "--lengths", "32", "1k", "--output", str(output)])
+    main(["eval", "runs/full", "--tasks", "perplexity", "--evaluation.lengths", "32", "1024", "--output", str(output)])
     task = json.loads(output.read_text())["tasks"]["perplexity"]
     assert [row["length"] for row in task["by_length"]] == [32]
     assert [row["length"] for row in task["skipped"]] == [1024]

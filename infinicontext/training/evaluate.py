@@ -1,0 +1,83 @@
+"""Evaluates a checkpoint of a run folder and writes eval.json."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from infinicontext import models, sharding
+from infinicontext.data.pipeline import validation_batches
+from infinicontext.data.tokenizers import load_tokenizer
+from infinicontext.errors import UserError
+from infinicontext.evaluation.suite import evaluate
+from infinicontext.experiment import Experiment, to_plain
+from infinicontext.nn.parameters import parameter_count
+from infinicontext.objectives.next_token import counted
+from infinicontext.training.checkpoint import Checkpoints
+from infinicontext.training.loop import check, enable_compilation_cache
+from infinicontext.training.run_folder import write_json
+from infinicontext.training.step import make_steps
+
+
+def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
+    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint."""
+    check(experiment)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_name(output.name + ".tmp").touch()
+        output.with_name(output.name + ".tmp").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    enable_compilation_cache(experiment)
+    mesh = sharding.make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        _, _, validation_loss, where = make_steps(experiment, mesh)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), models.abstract(experiment.model), where.model)
+        checkpoints = Checkpoints(folder)
+        try:
+            step, model = checkpoints.restore_model(like, step)
+        finally:
+            checkpoints.close()
+        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
+        losses = [float(validation_loss(model, batch)) for batch in batches]
+        result = evaluate(
+            model,
+            experiment.evaluation,
+            experiment.data,
+            validation=batches,
+            validation_nll=float(np.average(losses, weights=[counted(experiment.objective, batch) for batch in batches])),
+            say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
+        )
+    record = {
+        "run": experiment.name,
+        "step": step,
+        "parameters": parameter_count(model),
+        "train_length": experiment.train_length,
+        "tokenizer_fingerprint": load_tokenizer(experiment.data.tokenizer).fingerprint(),
+    } | result
+    for task in record["tasks"].values():
+        task["evaluation"] = to_plain(experiment.evaluation)
+    before = _read(output)
+    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "tokenizer_fingerprint")):
+        record["state_bytes"] = before["state_bytes"] | record["state_bytes"]
+        record["tasks"] = before["tasks"] | record["tasks"]
+    write_json(output, record)
+    print(output)
+
+
+def _read(output: pathlib.Path) -> dict:
+    """An eval.json, or nothing where there is none that can be read."""
+    try:
+        return json.loads(output.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
+    """Whether all tasks were run on the last step with the same settings."""
+    record = _read(output)
+    settings = to_plain(experiment.evaluation)
+    done = [name for name, task in record.get("tasks", {}).items() if task.get("evaluation") == settings]
+    return record.get("step") == experiment.steps and set(experiment.evaluation.tasks) <= set(done)
