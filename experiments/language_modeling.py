@@ -21,7 +21,7 @@ def full() -> Experiment:
     """Full attention: the best there is within the training length, with a state that grows and positions it has never seen beyond."""
     return Experiment(
         name="full",
-        model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4),
+        model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, remat=False),
         data=CorpusData(source="python", tokenizer="bytes", length=512),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
         evaluation=Evaluation(

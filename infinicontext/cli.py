@@ -180,9 +180,7 @@ def run_info(options: argparse.Namespace) -> None:
         print(f"state, {length:>9,}  {abstract_state_bytes(model, length):,} bytes per sequence")
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        init, train_step, _, where = make_steps(experiment, mesh)
-        abstract = jax.eval_shape(init, jax.random.key(0))
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+        _, train_step, _, like = make_steps(experiment, mesh)
         rows, length = experiment.batch_size, experiment.train_length
         if isinstance(experiment.data, PasskeyData):
             rows = experiment.data.rows_at(experiment.steps, rows, sharding.batch_divisor(mesh) * experiment.accumulation)

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from infinicontext import models, sharding
+from infinicontext import sharding
 from infinicontext.data.pipeline import validation_batches
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
@@ -33,11 +33,10 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
     enable_compilation_cache(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        _, _, validation_loss, where = make_steps(experiment, mesh)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), models.abstract(experiment.model), where.model)
+        _, _, validation_loss, like = make_steps(experiment, mesh)
         checkpoints = Checkpoints(folder)
         try:
-            step, model = checkpoints.restore_model(like, step)
+            step, model = checkpoints.restore_model(like.model, step)
         finally:
             checkpoints.close()
         batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)

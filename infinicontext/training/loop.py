@@ -56,7 +56,7 @@ def train(
     enable_compilation_cache(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     divisor = sharding.batch_divisor(mesh) * experiment.accumulation
-    init, train_step, validation_loss, where = make_steps(experiment, mesh)
+    init, train_step, validation_loss, like = make_steps(experiment, mesh)
 
     with jax.set_mesh(mesh), lock(workdir), stop_signals() as stopped, contextlib.ExitStack() as closing:
         # 2. Data: batch s is a function of (seed, s), so the position is the step.
@@ -70,8 +70,6 @@ def train(
         validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
 
         # 3. State: from the newest checkpoint, or from the seed.
-        abstract = jax.eval_shape(init, jax.random.key(0))
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
         checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
         closing.callback(checkpoints.close)
         restored = checkpoints.restore(like.model, {"step": like.step, "optimizer": like.optimizer})

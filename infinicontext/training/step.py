@@ -32,7 +32,7 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
       init: key -> TrainState, born sharded.
       train_step: (TrainState, batch) -> (TrainState, metrics); the state is donated.
       validation_loss: (model, batch) -> loss, a scalar.
-      where: the TrainState's shardings.
+      like: the TrainState's abstract arrays with their shardings.
     """
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     fraction = schedule(experiment.optimizer, experiment.steps)
@@ -70,8 +70,10 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
     def validation_loss(model, batch):
         return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})
 
-    where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    unknown = {group.name for group in experiment.optimizer.groups} - parameter_groups(models.abstract(experiment.model))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    where = sharding.shardings(abstract, mesh)
+    like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
+    unknown = {group.name for group in experiment.optimizer.groups} - parameter_groups(abstract.model)
     if unknown:
         raise UserError(f"optimizer.groups names {min(unknown)}, but no parameter of this model is in such a group")
     replicated = NamedSharding(mesh, P())
@@ -79,5 +81,5 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
         jax.jit(init, out_shardings=where),
         jax.jit(train_step, donate_argnums=0, out_shardings=(where, replicated)),
         jax.jit(validation_loss, out_shardings=replicated),
-        where,
+        like,
     )
