@@ -10,6 +10,7 @@ same weights into a model that reads without an end from a state of constant siz
 import dataclasses
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -244,6 +245,8 @@ class Transformer(nnx.Module):
         Raises:
           UserError: the tokens do not fit (outside jit).
         """
+        chex.assert_rank(tokens_BT, 2)
+        chex.assert_type(tokens_BT, int)
         config, T = self.config, tokens_BT.shape[1]
         if T == 0:
             return jnp.zeros((*tokens_BT.shape, config.dim), config.dtype), state

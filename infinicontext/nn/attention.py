@@ -10,6 +10,7 @@ so that rings, packed documents and rows of unequal length need no masks of thei
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -81,6 +82,7 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: ja
     Returns:
       o_BTHK in q's dtype.
     """
+    chex.assert_rank([q_BTHK, k_BSGK, v_BSGK, seen_BTS], [4, 4, 4, 3])
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     wide = at_least_float32(q_BTHK.dtype)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)

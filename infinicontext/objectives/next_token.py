@@ -6,6 +6,7 @@ Shape letters: B batch rows, T tokens read, D channels, V vocabulary, C tokens p
 import dataclasses
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +41,9 @@ def token_losses(model: Model, hidden_BTD: jax.Array, targets_BT: jax.Array, *, 
     Returns:
       losses_BT in float32 or wider.
     """
+
+    chex.assert_equal_shape_prefix([hidden_BTD, targets_BT], 2)
+    chex.assert_type(targets_BT, int)
 
     def one_chunk(xs):
         hidden_BCD, targets_BC = xs
