@@ -5,6 +5,19 @@ Word-level models of 0.1 million parameters, trained on 128 and then 256 tokens,
     infinicontext train experiments/passkey.py:window --workdir runs/window
     infinicontext sweep experiments/passkey.py:all --workdir runs/passkey
     infinicontext compare runs/passkey/* --output report/
+
+Cost: the sweep, nine runs, took 20 minutes on 2 CPU cores (25,000 tokens/s in training, 160,000 read in evaluation).
+
+Result, exact keys in % by tokens read (100 samples each; mean and standard deviation of three seeds):
+
+                   128          256          512          1024        4096        32768
+    full           77 +- 14     99.7 +- 0.6  24 +- 20     7 +- 8      7 +- 12     not read (its cache was bounded at 4096)
+    window         95 +- 4      59.7 +- 0.6  40 +- 0      20 +- 0     20 +- 0     20 +- 0
+    block_window   98 +- 2      59.7 +- 0.6  40 +- 0      20 +- 0     20 +- 0     20 +- 0
+
+Full attention finds every key at the length it was trained on last and loses even nearby ones beyond, where positions are new to it. The
+windows find a key at any length, but only where their reach of two layers x 128 tokens covers it: of five depths three at 256 tokens, the
+last one beyond. That is what a memory has to beat.
 """
 
 import dataclasses
