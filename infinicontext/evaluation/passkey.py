@@ -92,9 +92,9 @@ def evaluate_passkey(
         try:
             for batch in _batches(tokenizer, config, length, seed):
                 start = batch[0][2]
-                rows_BL = np.stack([row for _, row, _ in batch])
-                # A batch that is not full is filled up, so that a length is compiled once.
-                prompt_BP = np.resize(rows_BL[:, :start], (config.batch_size, start))
+                # A batch that is not full is filled up with its first sample, so that a length is compiled once.
+                filled = batch + batch[:1] * (config.batch_size - len(batch))
+                prompt_BP = np.stack([row[:start] for _, row, _ in filled])
                 if start not in compiled:
                     compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
                 clock = time.perf_counter()
