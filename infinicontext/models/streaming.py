@@ -22,8 +22,12 @@ class Model(Protocol):
 
     config: Any
 
-    def init_state(self, batch_size: int, capacity: int | None = None) -> State:
-        """The state before the first token; `capacity` tokens will fit if the state is one that grows."""
+    def init_state(self, batch_size: int, capacity: int | None = None, planned: jax.Array | int | None = None) -> State:
+        """The state before the first token; `capacity` tokens will fit if the state is one that grows.
+
+        Rotary tables that depend on the length of a text go by `planned`: tokens each row will have read in the end, int32 [B] or one
+        number for all; None: capacity.
+        """
 
     def room(self, state: State) -> jax.Array | None:
         """How many more tokens fit in each row, int32 [B]; None for a state that does not grow."""

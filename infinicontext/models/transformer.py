@@ -24,7 +24,7 @@ from infinicontext.nn.embedding import Embedding
 from infinicontext.nn.feed_forward import SwiGLU
 from infinicontext.nn.norms import RMSNorm
 from infinicontext.nn.parameters import at_least_float32, constant, normal, stack, use
-from infinicontext.nn.rope import RopeConfig, apply_rope, rope_cos_sin, rope_table
+from infinicontext.nn.rope import RopeConfig, apply_rope, rope_table, rotation
 from infinicontext.sharding import constrain
 
 
@@ -47,6 +47,7 @@ class TransformerConfig:
     tied_embeddings: bool = False
     attention_bias: bool = False  # biases of the q, k and v projections (Qwen2)
     output_bias: bool = False  # bias of the attention's output projection
+    feed_forward_bias: bool = False  # biases of the three feed-forward projections
     qk_norm: bool = False  # RMSNorm of each query and key head before rotation (Qwen3)
     norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of activations and caches; parameters are float32
@@ -103,8 +104,19 @@ class TransformerConfig:
         tiny = TransformerConfig(vocab_size=17, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24)
         return {
             "full": tiny,
-            "full_qwen": dataclasses.replace(tiny, attention_bias=True, output_bias=True, qk_norm=True, tied_embeddings=True, head_dim=6),
-            "window": dataclasses.replace(tiny, attention="window", window=5, kv_heads=1),
+            "full_qwen": dataclasses.replace(
+                tiny,
+                attention_bias=True,
+                output_bias=True,
+                feed_forward_bias=True,
+                qk_norm=True,
+                tied_embeddings=True,
+                head_dim=6,
+                rope=RopeConfig("longrope", original_length=16, length=64, long_factors=(1.0, 2.0, 5.0)),
+            ),
+            "window": dataclasses.replace(
+                tiny, attention="window", window=5, kv_heads=1, rope=RopeConfig("dynamic", factor=2.0, original_length=16)
+            ),
             "window_yarn": dataclasses.replace(
                 tiny, attention="window", window=8, kv_heads=4, rope=RopeConfig("yarn", factor=4.0, original_length=16), remat=False
             ),
@@ -184,7 +196,9 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.dim, epsilon=config.norm_epsilon)
         self.attention = Attention(config, rngs)
         self.feed_forward_norm = RMSNorm(config.dim, epsilon=config.norm_epsilon)
-        self.feed_forward = SwiGLU(config.dim, config.feed_forward_size, config.dtype, (2 * config.layers) ** -0.5, rngs)
+        self.feed_forward = SwiGLU(
+            config.dim, config.feed_forward_size, config.dtype, (2 * config.layers) ** -0.5, rngs, bias=config.feed_forward_bias
+        )
 
     def __call__(self, x_BTD: jax.Array, cache: Cache, *where) -> tuple[jax.Array, Cache]:
         """x_BTD, the layer's cache -> x_BTD, the cache after the call."""
@@ -203,12 +217,14 @@ class Transformer(nnx.Module):
         self.blocks = stack(lambda rngs: Block(config, rngs), config.layers, rngs)
         self.norm = RMSNorm(config.dim, epsilon=config.norm_epsilon)
 
-    def init_state(self, batch_size: int, capacity: int | None = None) -> TransformerState:
+    def init_state(self, batch_size: int, capacity: int | None = None, planned: jax.Array | int | None = None) -> TransformerState:
         """The state before the first token.
 
         Args:
           batch_size: rows, B.
           capacity: tokens that will be read in all; needed by full attention only, whose cache is allocated here once.
+          planned: tokens that each row will have read in the end, a number or int32 [B], which decides the table of `dynamic` and
+            `longrope` (nn/rope.py). None: the capacity or, without that, what the config plans for.
 
         Raises:
           UserError: full attention without a capacity.
@@ -219,7 +235,7 @@ class Transformer(nnx.Module):
         count = config.span or capacity
         shape = (config.layers, batch_size, count, config.kv_head_count, config.head_size)
         return TransformerState(
-            cursor.start(batch_size),
+            cursor.start(batch_size, (capacity or config.rope.planned) if planned is None else planned),
             attention.empty_slots(batch_size, count),
             Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)),
         )
@@ -258,7 +274,7 @@ class Transformer(nnx.Module):
             attention.write(state.slots.position_BS, place.position_BT, slot_BT),
             attention.write(state.slots.document_BS, place.document_BT, slot_BT),
         )
-        rotation_BTR = rope_cos_sin(rope_table(config.rope, config.head_size), place.position_BT, at_least_float32(config.dtype))
+        rotation_BTR = rotation(config.rope, config.head_size, place.position_BT, next_cursor.planned_B, at_least_float32(config.dtype))
 
         def layer(x_BTD, block_and_cache):
             block, cache = block_and_cache

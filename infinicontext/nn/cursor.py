@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 
 class Cursor(NamedTuple):
-    """How far each row has read: 16 bytes per row."""
+    """How far each row has read, and will: 20 bytes per row."""
 
     count_B: jax.Array  # int32, tokens read in all documents
     position_B: jax.Array  # int32, the position the next token has if it continues the current document
     document_B: jax.Array  # int32, documents started so far; counted, because ids may come again
     segment_B: jax.Array  # int32, id of the current document; 0 before the first token
+    planned_B: jax.Array  # int32, tokens the row will have read in the end; rotary tables that depend on the length go by this
 
 
 class Place(NamedTuple):
@@ -29,10 +30,10 @@ class Place(NamedTuple):
     document_BT: jax.Array  # int32, number of the document in its row, from 1; 0 for padding
 
 
-def start(batch_size: int) -> Cursor:
-    """Before the first token."""
+def start(batch_size: int, planned: jax.Array | int = 0) -> Cursor:
+    """Before the first token; `planned` is a number for all rows or int32 [B]."""
     zeros_B = jnp.zeros(batch_size, jnp.int32)
-    return Cursor(zeros_B, zeros_B, zeros_B, zeros_B)
+    return Cursor(zeros_B, zeros_B, zeros_B, zeros_B, jnp.broadcast_to(jnp.asarray(planned, jnp.int32), (batch_size,)))
 
 
 def advance(cursor: Cursor, length: int, segment_ids_BT: jax.Array | None = None) -> tuple[Place, Cursor]:
@@ -69,4 +70,5 @@ def advance(cursor: Cursor, length: int, segment_ids_BT: jax.Array | None = None
         after(position_BT + 1, cursor.position_B),
         after(document_BT, cursor.document_B),
         after(segment_BT, cursor.segment_B),
+        cursor.planned_B,
     )

@@ -3,8 +3,8 @@
 Shape letters: B batch, T time, H heads, K head size, R pairs (half of the dims that rotate; pair i is dims i and i + R).
 
 A scheme turns the frequencies base^(-i / R) into others and may give an attention factor, which multiplies cos and sin and so enters the
-attention logits squared. `rope_table` computes both on the host in float64; `rope_cos_sin` runs once per call of a model; `apply_rope` in
-every layer.
+attention logits squared. `rope_table` computes both on the host in float64; `rotation` runs once per call of a model; `apply_rope` in every
+layer.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class RopeConfig:
     partial: float = 1.0  # share of the head dimension that rotates, rounded down to whole dims; the rest passes through
     factor: float | None = None  # how many times longer the text gets; None: length / original_length (`dynamic` needs it)
     original_length: int | None = None  # tokens the model was first trained on
-    length: int | None = None  # longest text the model is meant for; `dynamic` and `longrope` plan for it unless told otherwise
+    length: int | None = None  # longest text the model is meant for; `dynamic` and `longrope` plan for it where no length is planned
     beta_fast: float = 32.0  # yarn: pairs with more turns than this in original_length keep their frequency
     beta_slow: float = 1.0  # yarn: pairs with fewer turns than this are slowed down by the whole factor
     truncate: bool = True  # yarn: the two bounds fall on whole pairs
@@ -99,12 +99,25 @@ class RopeConfig:
             value = getattr(self, name)
             require(name, value is None or value > 0, "greater than 0")
 
+    @property
+    def planned(self) -> int:
+        """Tokens a stream is planned for where nothing is said: the longest it is meant for, or those it was trained on; 0: unknown."""
+        return self.length or self.original_length or 0
+
 
 class RopeTable(NamedTuple):
     """What a scheme comes to for one head size, on the host."""
 
     inverse_frequency: np.ndarray  # float64 [R], radians per token
     attention_factor: float  # multiplies cos and sin
+
+
+class Turns(NamedTuple):
+    """A table in fixed point, 2^32 ticks to a turn: arrays of the host or traced, for all rows, or with axes [B, 1, ...] for each."""
+
+    whole_R: jax.Array | np.ndarray  # int32, ticks per token, modulo 2^32
+    rest_R: jax.Array | np.ndarray  # float, the fraction of a tick left over
+    attention_factor: jax.Array | np.ndarray | float
 
 
 def rope_table(config: RopeConfig, head_dim: int, planned_length: int | None = None) -> RopeTable:
@@ -118,8 +131,7 @@ def rope_table(config: RopeConfig, head_dim: int, planned_length: int | None = N
       config: the scheme.
       head_dim: size of a head, of which a share `config.partial` rotates.
       planned_length: tokens the stream will have in the end. `dynamic` plans for original_length at least; `longrope` takes the long
-        factors if this is greater than original_length. None: config.length or, without that, config.original_length. Other schemes do
-        not read it.
+        factors if this is greater than original_length. None: config.planned. Other schemes do not read it.
 
     Raises:
       UserError: an odd number of dims would rotate, or a list of factors does not have one for each pair.
@@ -136,7 +148,7 @@ def rope_table(config: RopeConfig, head_dim: int, planned_length: int | None = N
     i_R = np.arange(pairs)
     theta_R = config.base ** (-i_R / pairs)
     original = config.original_length
-    planned = planned_length if planned_length is not None else config.length or original
+    planned = config.planned if planned_length is None else planned_length
     s = config.factor or (config.length / original if config.length and original else 1.0)
 
     match config.scheme:
@@ -196,32 +208,70 @@ def _yarn_table(config: RopeConfig, theta_R: np.ndarray, s: float) -> RopeTable:
     return RopeTable(theta_R * (1 - slow_R + slow_R / s), attention_factor)
 
 
-def rope_cos_sin(table: RopeTable, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every pair's angle at every position, times the attention factor.
-
-    In float32 the largest error against float64 was 4e-7 at positions near 131071 and near 2097151 alike (128 dims, bases 1e4 to 1e6);
-    a float32 product of position and frequency is off by 8e-3 and 0.12 there.
+def rotation(
+    config: RopeConfig, head_dim: int, positions_BT: jax.Array, planned_B: jax.Array, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every pair's angle, by the table that each row's plan asks for.
 
     Args:
-      table: what `rope_table` returned; host values, constants under jit.
+      config: the scheme.
+      head_dim: size of a head.
+      positions_BT: int32.
+      planned_B: int32, tokens each row will have in the end, as `planned_length` of `rope_table`; may be traced, so that a change of plan
+        compiles nothing anew. `dynamic` then computes its frequencies in `dtype`: to one unit in the last place, relative.
+      dtype: float32 or float64.
+
+    Returns:
+      cos_BTR and sin_BTR, times the attention factor.
+    """
+    original, plan_B11 = config.original_length, planned_B[:, None, None]
+    if config.scheme == "longrope":
+        short, long = (fixed_point(rope_table(config, head_dim, length)) for length in (original, original + 1))
+        turns = jax.tree.map(lambda short, long: jnp.where(plan_B11 > original, long, short), short, long)
+    elif config.scheme == "dynamic":
+        theta_R = rope_table(config, head_dim, original).inverse_frequency
+        pairs, s = len(theta_R), config.factor
+        stretch_B11 = s * jnp.maximum(plan_B11 / original, 1).astype(dtype) - (s - 1)
+        exponent_R = jnp.arange(pairs, dtype=dtype) / max(pairs - 1, 1)
+        ticks_B1R = jnp.asarray(theta_R * _TICKS, dtype)[None, None] / stretch_B11 ** exponent_R[None, None]
+        turns = Turns(jnp.round(ticks_B1R).astype(jnp.int32), ticks_B1R - jnp.round(ticks_B1R), 1.0)
+    else:
+        turns = fixed_point(rope_table(config, head_dim))
+    return rope_cos_sin(turns, positions_BT, dtype)
+
+
+_TICKS = 2**32 / (2 * np.pi)  # per radian
+
+
+def fixed_point(table: RopeTable) -> Turns:
+    """A table as `rope_cos_sin` takes it."""
+    ticks_R = table.inverse_frequency * _TICKS
+    whole_R = np.round(ticks_R)
+    return Turns((whole_R % 2**32).astype(np.uint32).view(np.int32), ticks_R - whole_R, table.attention_factor)
+
+
+def rope_cos_sin(turns: Turns, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every pair's angle at every position, times the attention factor.
+
+    With 2^32 ticks to a turn, int32 products overflow exactly as angles wrap around, so nothing large is ever rounded: in float32 the
+    largest error against float64 was 4e-7 at positions near 131071 and near 2097151 alike (128 dims, bases 1e4 to 1e6); a float32 product
+    of position and frequency is off by 8e-3 and 0.12 there.
+
+    Args:
+      turns: of all rows, or [B, 1, R] for positions [B, T].
       positions: int32 of any shape; may be traced.
-      dtype: float32 or float64; float64 is position times frequency as it stands.
+      dtype: float32 or float64.
 
     Returns:
       cos and sin, each of shape positions.shape + (R,).
     """
-    frequency = table.inverse_frequency[(None,) * positions.ndim]
+    whole, rest = (part if part.ndim > 1 else part[(None,) * positions.ndim] for part in turns[:2])
     positions = jnp.asarray(positions, jnp.int32)[..., None]
-    if jnp.dtype(dtype) == jnp.float64:
-        angle = positions.astype(dtype) * frequency
-    else:
-        # With 2^32 ticks to a turn, int32 products overflow exactly as angles wrap around, so nothing large is ever rounded.
-        ticks = frequency * (2**32 / (2 * np.pi))
-        whole = np.round(ticks)
-        wrapped = positions * (whole % 2**32).astype(np.uint32).view(np.int32)
-        rest = positions.astype(dtype) * (ticks - whole).astype(np.float32)
-        angle = (wrapped.astype(dtype) + rest) * np.float32(2 * np.pi / 2**32)
-    return jnp.cos(angle) * table.attention_factor, jnp.sin(angle) * table.attention_factor
+    ticks = (positions * whole).astype(dtype) + positions.astype(dtype) * jnp.asarray(rest, dtype)
+    angle = ticks * jnp.asarray(1 / _TICKS, dtype)
+    factor = jnp.asarray(turns.attention_factor, dtype)
+    factor = factor if factor.ndim else factor[(None,) * angle.ndim]
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
@@ -229,7 +279,7 @@ def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax
 
     Args:
       x_BTHK: queries or keys, any float dtype.
-      cos_BTR: from `rope_cos_sin`, [B, T, R], or [T, R] for the same positions in all rows; the turn is computed in its dtype.
+      cos_BTR: from `rotation`, [B, T, R], or [T, R] for the same positions in all rows; the turn is computed in its dtype.
       sin_BTR: the same for sin.
 
     Returns:
