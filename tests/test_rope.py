@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from infinicontext.errors import UserError
-from infinicontext.nn.rope import RopeConfig, apply_rope, fixed_point, rope_cos_sin, rope_from_huggingface, rope_table, rotation
+from infinicontext.nn.rope import RopeConfig, apply_rope, fixed_point, rope_cos_sin, rope_table, rotation
+from infinicontext.pretrained.huggingface_config import rope_from_huggingface
 
 LONGROPE = RopeConfig(
     "longrope",

@@ -158,7 +158,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, cache: Cache, old: Slots, now: Slots, slot_BT: jax.Array, place: Place, rotation
     ) -> tuple[jax.Array, Cache]:
-        """Reads T tokens. `old` and `now` say what the cache's slots hold before and after the call, slot_BT where its tokens go."""
+        """Reads T tokens -> what they add to x, their keys and values.
+
+        `old` and `now` say what the cache's slots hold before and after the call, slot_BT where its tokens go.
+        """
         config, dtype = self.config, x_BTD.dtype
         q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("btd,dhk->bthk", x_BTD, use(w, dtype)) for w in (self.q, self.k, self.v))
         if config.attention_bias:
@@ -169,21 +172,25 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q_BTHK, k_BTGK = apply_rope(q_BTHK, *rotation), apply_rope(k_BTGK, *rotation)
 
-        after = Cache(*(attention.write(held, new, slot_BT) for held, new in zip(cache, (k_BTGK, v_BTGK))))
-        if config.attention == "full":
+        reach = _reach(config)
+        if x_BTD.shape[1] == 1:
+            # In a ring its token overwrites a key that has just left the window.
+            seen_B1S = attention.visible(place.position_BT, place.document_BT, old, reach)
+            o_BTHK = attention.attend_one(q_BTHK, k_BTGK, v_BTGK, cache, seen_B1S)
+        elif config.attention == "full":
+            after = Cache(*(attention.write(held, new, slot_BT) for held, new in zip(cache, (k_BTGK, v_BTGK))))
             o_BTHK = attention.full_attention(q_BTHK, after, place, now)
-        elif x_BTD.shape[1] == 1:
-            # A single token overwrites only the key that has just left its window, so it can read the ring as it lies.
-            seen_BTS = attention.visible(place.position_BT, place.document_BT, now, _reach(config))
-            o_BTHK = attention.attend(q_BTHK, after.k_BSGK, after.v_BSGK, seen_BTS)
         else:
-            o_BTHK = attention.window_attention(q_BTHK, k_BTGK, v_BTGK, place, cache, old, _reach(config))
+            o_BTHK = attention.window_attention(q_BTHK, k_BTGK, v_BTGK, place, cache, old, reach)
 
         o_BTD = jnp.einsum("bthk,hkd->btd", o_BTHK, use(self.o, dtype))
-        return o_BTD + use(self.o_bias, dtype)[None, None] if config.output_bias else o_BTD, after
+        o_BTD = o_BTD + use(self.o_bias, dtype)[None, None] if config.output_bias else o_BTD
+        return o_BTD, Cache(k_BTGK, v_BTGK)
 
 
 def _reach(config: TransformerConfig) -> attention.Reach:
+    if config.attention == "full":
+        return attention.everything()
     if config.attention == "window":
         return attention.sliding(config.window)
     return attention.block_sliding(config.block, config.memory_blocks)
@@ -201,11 +208,11 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x_BTD: jax.Array, cache: Cache, *where) -> tuple[jax.Array, Cache]:
-        """x_BTD, the layer's cache -> x_BTD, the cache after the call."""
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), cache, *where)
+        """x_BTD, the layer's cache before the call -> x_BTD, the call's keys and values."""
+        y_BTD, new = self.attention(self.attention_norm(x_BTD), cache, *where)
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return constrain(x_BTD, ("batch", "context", None)), cache
+        return constrain(x_BTD, ("batch", "context", None)), new
 
 
 class Transformer(nnx.Module):
@@ -281,7 +288,8 @@ class Transformer(nnx.Module):
             return block(x_BTD, cache, state.slots, now, slot_BT, place, rotation_BTR)
 
         layer = jax.checkpoint(layer) if config.remat else layer
-        x_BTD, cache = jax.lax.scan(layer, self.embedding(tokens_BT), (self.blocks, state.cache))
+        x_BTD, new = jax.lax.scan(layer, self.embedding(tokens_BT), (self.blocks, state.cache))
+        cache = attention.write_layers(state.cache, new, slot_BT)
         hidden_BTD = self.norm(x_BTD)
         if config.span is None:
             hidden_BTD = jnp.where((place.index_BT < count)[..., None], hidden_BTD, jnp.nan)

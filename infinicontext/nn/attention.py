@@ -74,6 +74,12 @@ def write(slots_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Arr
     return slots_BS.at[rows_B1, slot_BT].set(new_BT, mode="drop")
 
 
+def write_layers(cache_LBS: Cache, new_LBT: Cache, slot_BT: jax.Array) -> Cache:
+    """`write` for the caches of all layers at once: what a call adds is all that moves, where the old cache is not needed any more."""
+    rows_B1 = jnp.arange(slot_BT.shape[0], dtype=jnp.int32)[:, None]
+    return Cache(*(held.at[:, rows_B1, slot_BT].set(new, mode="drop") for held, new in zip(cache_LBS, new_LBT)))
+
+
 def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the keys that are seen; logits and softmax in float32 or wider.
 
@@ -93,6 +99,33 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: ja
     o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=wide)
     total_BTGR1 = jnp.moveaxis(jnp.sum(weights_BGRTS, axis=-1, keepdims=True), 3, 1)
     return (o_BTGRK / total_BTGR1).reshape(B, T, H, K).astype(q_BTHK.dtype)
+
+
+def attend_one(q_B1HK: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, cache: Cache, seen_B1S: jax.Array) -> jax.Array:
+    """One token's attention over a cache that does not hold its own key yet, and over itself: decoding.
+
+    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is laid
+    out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
+
+    Args:
+      q_B1HK: rotated query.
+      k_B1GK: its own rotated key.
+      v_B1GK: its own value.
+      cache: the keys and values before it.
+      seen_B1S: bool, the slots it sees.
+
+    Returns:
+      o_B1HK in q's dtype.
+    """
+    (B, _, H, K), G = q_B1HK.shape, k_B1GK.shape[2]
+    wide = at_least_float32(q_B1HK.dtype)
+    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide)
+    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1) * jnp.asarray(K**-0.5, wide)
+    old_BSGR = jnp.where(seen_B1S[:, 0, :, None, None], score(cache.k_BSGK), jnp.finfo(wide).min)
+    weight_BSGR = jax.nn.softmax(jnp.concatenate([old_BSGR, score(k_B1GK)], axis=1), axis=1)
+    read = lambda weight_BSGR, v_BSGK: jnp.sum(weight_BSGR[..., None] * v_BSGK[:, :, :, None].astype(wide), axis=1)
+    o_BGRK = read(weight_BSGR[:, :-1], cache.v_BSGK) + read(weight_BSGR[:, -1:], v_B1GK)
+    return o_BGRK.reshape(B, 1, H, K).astype(q_B1HK.dtype)
 
 
 def visible(position_BT: jax.Array, document_BT: jax.Array, slots: Slots, reach: Reach) -> jax.Array:

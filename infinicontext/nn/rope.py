@@ -9,8 +9,7 @@ layer.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -21,7 +20,7 @@ from infinicontext.errors import UserError
 
 _LENGTHS = ("factor", "original_length", "length")
 # The fields each scheme reads, beside `base` and `partial`.
-_READS = {
+ROPE_FIELDS = {
     "default": (),
     "linear": _LENGTHS,
     "ntk": _LENGTHS,
@@ -63,15 +62,15 @@ class RopeConfig:
     long_attention_factor: float | None = None  # longrope: the same for long_factors
 
     def __post_init__(self):
-        if self.scheme not in _READS:
-            raise UserError(f"rope.scheme is {self.scheme}; it must be one of {', '.join(_READS)}")
+        if self.scheme not in ROPE_FIELDS:
+            raise UserError(f"rope.scheme is {self.scheme}; it must be one of {', '.join(ROPE_FIELDS)}")
 
         def require(name: str, valid: bool, allowed: str):
             if not valid:
                 raise UserError(f"rope.{name} is {getattr(self, name)}; with rope.scheme {self.scheme} it must be {allowed}")
 
         for field in dataclasses.fields(self):
-            if field.name not in ("scheme", "base", "partial", *_READS[self.scheme]):
+            if field.name not in ("scheme", "base", "partial", *ROPE_FIELDS[self.scheme]):
                 require(field.name, getattr(self, field.name) == field.default, f"{field.default}, since nothing reads it")
         require("base", self.base > 1, "greater than 1")
         require("partial", 0 < self.partial <= 1, "greater than 0 and at most 1")
@@ -293,48 +292,3 @@ def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax
     first_BTHR, second_BTHR = (x_BTHK[..., start : start + R].astype(cos_BTR.dtype) for start in (0, R))
     turned = (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R)
     return jnp.concatenate([*(half.astype(x_BTHK.dtype) for half in turned), x_BTHK[..., 2 * R :]], axis=-1)
-
-
-def rope_from_huggingface(config: Mapping[str, Any]) -> RopeConfig:
-    """The RopeConfig of a Hugging Face model configuration (the contents of config.json).
-
-    Reads `rope_parameters` or its older name `rope_scaling`, and from the top level `max_position_embeddings`,
-    `original_max_position_embeddings` (which overrides the inner one) and, in older files, `rope_theta` and `partial_rotary_factor`.
-
-    Raises:
-      UserError: the type is unknown, layers differ in their parameters, or a value is missing or out of range.
-    """
-    inner = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if nested := [name for name, value in inner.items() if isinstance(value, Mapping)]:
-        raise UserError(f"rope_parameters has an entry for {nested[0]}; it must be one set of parameters for all layers")
-    scheme = inner.get("rope_type", inner.get("type", "default"))
-    # Early Phi-3 files call LongRoPE "su" or "yarn".
-    if scheme == "su" or "long_factor" in inner:
-        scheme = "longrope"
-    if scheme not in _READS or scheme == "ntk":
-        raise UserError(f"rope_type is {scheme}; it must be one of default, linear, dynamic, yarn, llama3, longrope")
-
-    length = config.get("max_position_embeddings")
-    original = config.get("original_max_position_embeddings") or inner.get("original_max_position_embeddings") or length
-    values = {
-        "factor": inner.get("factor"),
-        "original_length": length if scheme == "dynamic" else original,
-        # Only these two read a factor off the lengths; `dynamic` calls its original length the maximum.
-        "length": length if scheme in ("yarn", "longrope") else None,
-        "beta_fast": inner.get("beta_fast"),
-        "beta_slow": inner.get("beta_slow"),
-        "truncate": inner.get("truncate"),
-        "mscale": inner.get("mscale"),
-        "mscale_all_dim": inner.get("mscale_all_dim"),
-        "attention_factor": inner.get("attention_factor"),
-        "low_frequency_factor": inner.get("low_freq_factor"),
-        "high_frequency_factor": inner.get("high_freq_factor"),
-        "short_factors": tuple(inner.get("short_factor") or ()) or None,
-        "long_factors": tuple(inner.get("long_factor") or ()) or None,
-        "short_attention_factor": inner.get("short_mscale"),
-        "long_attention_factor": inner.get("long_mscale"),
-        "base": inner.get("rope_theta", config.get("rope_theta")),
-        "partial": inner.get("partial_rotary_factor", config.get("partial_rotary_factor")),
-    }
-    reads = ("base", "partial", *_READS[scheme])
-    return RopeConfig(scheme, **{name: value for name, value in values.items() if name in reads and value is not None})

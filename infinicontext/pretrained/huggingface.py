@@ -1,0 +1,362 @@
+"""Weights of Hugging Face checkpoints (config.json and safetensors) in and out, without torch or transformers.
+
+Shape letters: D channels, H query heads, G key/value heads, K head size, F feed-forward size, L layers, V vocabulary.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors.numpy import save_file
+
+from infinicontext import models, sharding
+from infinicontext.errors import UserError
+from infinicontext.models.transformer import Transformer, TransformerConfig
+from infinicontext.pretrained.huggingface_config import FAMILIES, Family, config_from_huggingface, config_to_huggingface, obstacles
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+# Beside the weights: what a tokenizer, a chat template or a generation default needs.
+_SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+class Source(NamedTuple):
+    """Where one of our parameters lies in a checkpoint: as a matrix [rows, columns], which may be part of a fused one."""
+
+    name: str  # of the tensor; {} stands for the layer
+    rows: tuple[int, ...]  # our axes (without the layer's) that make its rows
+    columns: tuple[int, ...] = ()  # and its columns; none for vectors
+    first_row: int = 0
+
+
+def sources(config: TransformerConfig, family: Family) -> dict[str, Source]:
+    """The source of every parameter, by its path in our model."""
+    layer = "model.layers.{}."
+    found = {
+        "embedding/table": Source("model.embed_tokens.weight", (0,), (1,)),
+        "norm/scale": Source("model.norm.weight", (0,)),
+        "blocks/attention_norm/scale": Source(layer + "input_layernorm.weight", (0,)),
+        "blocks/feed_forward_norm/scale": Source(layer + "post_attention_layernorm.weight", (0,)),
+        "blocks/attention/o": Source(layer + "self_attn.o_proj.weight", (2,), (0, 1)),  # ours [H, K, D]
+        "blocks/feed_forward/down": Source(layer + "mlp.down_proj.weight", (1,), (0,)),
+    }
+    if not config.tied_embeddings:
+        found["embedding/head"] = Source("lm_head.weight", (1,), (0,))
+    query_rows, key_rows = config.heads * config.head_size, config.kv_head_count * config.head_size
+    for part, fused_row in (("q", 0), ("k", query_rows), ("v", query_rows + key_rows)):  # ours [D, H, K] and [D, G, K]
+        name, first = ("qkv_proj", fused_row) if family == "phi3" else (f"{part}_proj", 0)
+        found[f"blocks/attention/{part}"] = Source(f"{layer}self_attn.{name}.weight", (1, 2), (0,), first)
+        if config.attention_bias:
+            found[f"blocks/attention/{part}_bias"] = Source(f"{layer}self_attn.{part}_proj.bias", (0, 1))
+    for part, fused_row in (("gate", 0), ("up", config.feed_forward_size)):
+        name, first = ("gate_up_proj", fused_row) if family == "phi3" else (f"{part}_proj", 0)
+        found[f"blocks/feed_forward/{part}"] = Source(f"{layer}mlp.{name}.weight", (1,), (0,), first)
+    if config.feed_forward_bias:
+        found |= {f"blocks/feed_forward/{part}_bias": Source(f"{layer}mlp.{part}_proj.bias", (0,)) for part in ("gate", "up", "down")}
+    if config.output_bias:
+        found["blocks/attention/o_bias"] = Source(layer + "self_attn.o_proj.bias", (0,))
+    if config.qk_norm:
+        found |= {f"blocks/attention/{part}_norm/scale": Source(f"{layer}self_attn.{part}_norm.weight", (0,)) for part in ("q", "k")}
+    return found
+
+
+def _paths(model: nnx.Module) -> dict[str, Any]:
+    """A module's leaves by path, as in "blocks/attention/q"."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _tensor_shapes(parameters: dict[str, Any], where: dict[str, Source]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the checkpoint that these parameters make."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, source in where.items():
+        shape = parameters[path].shape
+        layers = range(shape[0]) if "{}" in source.name else (0,)
+        shape = shape[1:] if "{}" in source.name else shape
+        columns = (math.prod(shape[axis] for axis in source.columns),) if source.columns else ()
+        rows = source.first_row + math.prod(shape[axis] for axis in source.rows)
+        for i in layers:
+            name = source.name.format(i)
+            shapes[name] = (max(rows, shapes.get(name, (0,))[0]), *columns)
+    return shapes
+
+
+# --- In ---
+
+
+def read_config(path: str | pathlib.Path) -> TransformerConfig:
+    """The TransformerConfig of a checkpoint folder.
+
+    Raises:
+      UserError: no config.json there, or one that is not supported.
+    """
+    return config_from_huggingface(_read_json(pathlib.Path(path) / "config.json"))
+
+
+def load(
+    path: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | None = None, config: TransformerConfig | None = None
+) -> Transformer:
+    """Reads a checkpoint folder: Llama 1 to 3, Mistral, Qwen2, Qwen3, Phi-3.
+
+    Each device's slice is read by itself, one after another, so that with a mesh no host holds more than the slice being read.
+
+    Args:
+      path: a folder with config.json and model.safetensors, or its shards and their index.
+      mesh: where the parameters go; None: the first device.
+      dtype: of parameters and computation; None: float32. bfloat16 halves the memory; to train, start from float32.
+      config: replaces the folder's, to read the same weights with another window, rotary scheme or remat.
+
+    Raises:
+      UserError: something cannot be read or is not supported. Tensors that are missing, unexpected or of another shape are all listed.
+    """
+    path = pathlib.Path(path)
+    family = _read_json(path / "config.json").get("model_type")
+    config = config or read_config(path)
+    if dtype is not None:
+        config = TransformerConfig(**(vars(config) | {"dtype": dtype}))
+    model = models.abstract(config)
+    graph, state = nnx.split(model)
+    parameters, where = _paths(model), sources(config, family)
+    with contextlib.ExitStack() as closing:
+        tensors = _open(path, closing)
+        _check(path, tensors, _tensor_shapes(parameters, where), config.tied_embeddings)
+        placed = sharding.shardings(model, mesh) if mesh else jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model)
+        places = _paths(placed)
+        arrays = {
+            name: _place(leaf.shape, places[name], _reader(tensors, where[name], leaf.shape, np.dtype(config.dtype)))
+            for name, leaf in parameters.items()
+        }
+    pure = nnx.to_pure_dict(state)
+    filled = jax.tree_util.tree_map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path, simple=True, separator="/")], pure)
+    return nnx.merge(graph, filled)
+
+
+def _open(path: pathlib.Path, closing: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor's name and the open (mapped, not read) file that holds it."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    elif (path / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    elif pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
+        raise UserError(f"{path} has {pickles[0]}, a torch pickle, which can run code when read; convert it to safetensors first")
+    else:
+        raise UserError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+    if missing := [name for name in files if not (path / name).exists()]:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which {index.name} names")
+    tensors = {}
+    for name in files:
+        try:
+            file = closing.enter_context(safetensors.safe_open(path / name, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path / name} cannot be read, it may be cut off: {error}") from error
+        tensors |= dict.fromkeys(file.keys(), file)
+    return tensors
+
+
+def _check(path: pathlib.Path, tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Compares all tensors of a checkpoint with those that the model is made of."""
+    # Old Llama files hold rotary tables; a tied head may be stored although nothing reads it.
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    problems = [f"{name} is missing" for name in shapes if name not in tensors]
+    problems += [f"{name} is unexpected" for name in sorted(tensors) if name not in shapes and name not in ignored]
+    for name in shapes.keys() & tensors.keys():
+        found = tensors[name].get_slice(name)
+        if tuple(found.get_shape()) != shapes[name]:
+            problems.append(f"{name} is {found.get_shape()}, not {list(shapes[name])}")
+        elif found.get_dtype() not in _DTYPES:
+            problems.append(f"{name} holds {found.get_dtype()}, not one of {', '.join(_DTYPES)}")
+    if problems:
+        raise UserError(f"{path} does not fit its config.json: {'; '.join(problems)}")
+
+
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dtype: np.dtype) -> Read:
+    """A function that reads the slice `index` of a parameter of this shape."""
+    stacked = "{}" in source.name
+    sizes = shape[1:] if stacked else shape
+
+    def one(name: str, bounds: list[range]) -> np.ndarray:
+        # Of axes that make rows or columns together, the first is cut in the file and the others, which are small, afterwards.
+        def span(axes: tuple[int, ...], first: int) -> slice:
+            inner = math.prod(sizes[axis] for axis in axes[1:])
+            return slice(first + bounds[axes[0]].start * inner, first + bounds[axes[0]].stop * inner)
+
+        groups = [(source.rows, source.first_row)] + ([(source.columns, 0)] if source.columns else [])
+        part = tensors[name].get_slice(name)[tuple(span(*group) for group in groups)]
+        axes = source.rows + source.columns
+        part = part.reshape([len(bounds[axis]) if axis in (source.rows[0], *source.columns[:1]) else sizes[axis] for axis in axes])
+        part = part.transpose(np.argsort(axes))
+        return part[tuple(slice(None) if len(bound) == size else slice(bound.start, bound.stop) for bound, size in zip(bounds, part.shape))]
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [range(*cut.indices(size)) for cut, size in zip(index, shape)]
+        if not stacked:
+            return np.ascontiguousarray(one(source.name, bounds).astype(dtype))
+        out = np.empty([len(bound) for bound in bounds], dtype)
+        for row, layer in enumerate(bounds[0]):
+            out[row] = one(source.name.format(layer), bounds[1:])
+        return out
+
+    return read
+
+
+def _place(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Read) -> jax.Array:
+    """An array made of slices that are read one at a time, each once, however many devices of this host it goes to."""
+    devices_of: dict[tuple, list[jax.Device]] = {}
+    indices = where.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        devices_of.setdefault(tuple(cut.indices(size) for cut, size in zip(index, shape)), []).append(device)
+    on_device = {}
+    for devices in devices_of.values():
+        part = read(indices[devices[0]])
+        on_device |= {device: jax.device_put(part, device) for device in devices}
+        jax.block_until_ready(list(on_device.values()))
+    return jax.make_array_from_single_device_arrays(shape, where, [on_device[device] for device in indices])
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; a pretrained model is a folder with a config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+# --- Out ---
+
+
+def save(
+    model: Transformer,
+    path: str | pathlib.Path,
+    *,
+    like: str | pathlib.Path | None = None,
+    family: Family | None = None,
+    length: int = 2048,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that transformers loads, and that gives the same logits there.
+
+    The folder appears when it is complete. One file of weights is held in memory at a time.
+
+    Args:
+      model: a Transformer.
+      path: a new or empty folder.
+      like: a folder of transformers that the model came from: its family, token ids, tokenizer and chat template are kept.
+      family: what the model is written as; None: that of `like` or, without one, the first that can express it.
+      length: the config's max_position_embeddings, where neither the rotary scheme nor `like` says.
+      dtype: of the numbers written: float32, bfloat16 or float16; None: as they are.
+      shard_bytes: weights go into files of about this size.
+
+    Raises:
+      UserError: transformers has no such model, or the folder cannot be written.
+    """
+    path, config = pathlib.Path(path), getattr(model, "config", None)
+    if not isinstance(config, TransformerConfig):
+        raise UserError(f"a {type(model).__name__} cannot be written for transformers, which has no such model; convert --to run keeps it")
+    kept = _read_json(pathlib.Path(like) / "config.json") if like else {}
+    family = family or kept.get("model_type") or min(FAMILIES, key=lambda family: len(obstacles(config, family)))
+    if family not in FAMILIES:
+        raise UserError(f"family is {family}; it must be one of {', '.join(FAMILIES)}")
+    if found := obstacles(config, family):
+        raise UserError(
+            f"{' and '.join(found)} cannot be written for transformers (as {family}); convert --to run keeps it in our own format"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already; choose a new folder")
+
+    parameters, where = _paths(model), sources(config, family)
+    stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
+    record = config_to_huggingface(config, family, length, kept if kept.get("model_type") == family else {})
+    record["dtype" if "dtype" in record else "torch_dtype"] = stored.name
+
+    temporary = path.with_name(path.name + ".partial")
+    writes = jax.process_index() == 0
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}") from error
+    shapes = _tensor_shapes(parameters, where)
+    shards = _shards({name: math.prod(shape) * stored.itemsize for name, shape in shapes.items()}, shard_bytes)
+    parts: dict[str, list[tuple[Source, str, int]]] = {}
+    for name, source in where.items():
+        for i in range(config.layers) if "{}" in source.name else (0,):
+            parts.setdefault(source.name.format(i), []).append((source, name, i))
+    file_of = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _gather(parameters, parts[name], stored) for name in names}
+        file_of |= dict.fromkeys(names, file)
+        if writes:
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
+    if writes:
+        if len(shards) > 1:
+            total = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        if like:
+            copy_side_files(pathlib.Path(like), temporary)
+        temporary.replace(path)
+
+
+def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies what goes with a model's weights: tokenizer, chat template, defaults for generation."""
+    for file in _side_files(source):
+        shutil.copy(file, target / file.name)
+
+
+def _side_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    return (file for pattern in _SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in files of at most `limit` bytes or one tensor."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _gather(parameters: dict[str, jax.Array], parts: list[tuple[Source, str, int]], dtype: np.dtype) -> np.ndarray:
+    """One tensor of the checkpoint, on the host."""
+    rows = []
+    for source, name, layer in sorted(parts, key=lambda part: part[0].first_row):
+        value = parameters[name][layer] if "{}" in source.name else parameters[name]
+        if not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        value = np.asarray(value, dtype).transpose(source.rows + source.columns)
+        columns = math.prod(value.shape[len(source.rows) :])
+        rows.append(value.reshape(-1, columns) if source.columns else value.reshape(-1))
+    return np.ascontiguousarray(np.concatenate(rows))
