@@ -104,8 +104,8 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: ja
 def attend_one(q_B1HK: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, cache: Cache, seen_B1S: jax.Array) -> jax.Array:
     """One token's attention over a cache that does not hold its own key yet, and over itself: decoding.
 
-    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is laid
-    out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
+    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is
+    laid out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
 
     Args:
       q_B1HK: rotated query.
