@@ -6,10 +6,6 @@ A mistake of the user is one sentence on stderr and exit status 2; a run that a 
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import importlib.util
-import inspect
-import io
 import json
 import pathlib
 import re
@@ -19,13 +15,13 @@ from collections.abc import Sequence
 from typing import get_args
 
 import jax
-import tyro
 
 from infinicontext import models, sharding
 from infinicontext.data.pipeline import PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import state_grows
 from infinicontext.experiment import Experiment, differences
+from infinicontext.experiment_file import load, one_experiment, override
 from infinicontext.inference.generate import Generation, RopePolicy, stream
 from infinicontext.inference.text import TextStream, follow
 from infinicontext.models.streaming import abstract_state_bytes
@@ -138,7 +134,7 @@ def make_parser() -> Parser:
 
 def run_train(options: argparse.Namespace) -> None:
     """infinicontext train FILE.py:FUNCTION --workdir RUN [--field value ...]"""
-    experiment = override(one_experiment(options.experiment), options)
+    experiment = override(one_experiment(options.experiment), options.overrides, options.parser)
     workdir = require_workdir(options)
     if options.distributed:
         try:
@@ -155,7 +151,7 @@ def run_eval(options: argparse.Namespace) -> None:
     folder = pathlib.Path(options.folder)
     trained = load_config(folder)
     options.overrides = tasks + lengths + options.overrides
-    experiment = override(trained, options)
+    experiment = override(trained, options.overrides, options.parser)
     if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
         raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
     longest, capacity = max(experiment.evaluation.lengths), experiment.evaluation.capacity
@@ -172,7 +168,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     experiments = load(options.experiment)
     if not isinstance(experiments, list) or not all(isinstance(item, Experiment) for item in experiments):
         raise UserError(f"{options.experiment} does not return a list of experiments; use infinicontext train for a single one")
-    experiments = [override(experiment, options) for experiment in experiments]
+    experiments = [override(experiment, options.overrides, options.parser) for experiment in experiments]
     if not experiments:
         raise UserError(f"{options.experiment} returns an empty list; there is nothing to train")
     workdir = require_workdir(options)
@@ -282,7 +278,7 @@ def run_info(options: argparse.Namespace) -> None:
     if options.experiment is None:
         return
     folder = pathlib.Path(options.experiment)
-    experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options)
+    experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options.overrides, options.parser)
     check(experiment)
     enable_compilation_cache(experiment.compilation_cache)
     model = models.abstract(experiment.model)
@@ -303,82 +299,6 @@ def run_info(options: argparse.Namespace) -> None:
         }
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
         print(describe_step(steps.train_step.lower(steps.like, batch).compile(), experiment, model, rows, length))
-
-
-def load(reference: str):
-    """What FILE.py:FUNCTION returns.
-
-    Raises:
-      UserError: no such file or function.
-    """
-    file, separator, name = reference.rpartition(":")
-    if not separator or not file.endswith(".py"):
-        raise UserError(f"experiment {reference} is not of the form FILE.py:FUNCTION")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise UserError(f"experiment {reference}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    functions = [
-        key
-        for key, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"
-    ]
-    if name not in functions:
-        close = difflib.get_close_matches(name, functions, n=1)
-        raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
-    function = getattr(module, name)
-    if inspect.isclass(function) or inspect.signature(function).parameters:
-        raise UserError(f"{reference} takes arguments; an experiment is a function without any")
-    return function()
-
-
-def one_experiment(reference: str) -> Experiment:
-    """The experiment that FILE.py:FUNCTION returns."""
-    experiment = load(reference)
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{reference} does not return one experiment; use infinicontext sweep for a list")
-    return experiment
-
-
-def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
-    """The experiment with fields changed by the command line.
-
-    Raises:
-      UserError: an unknown field (with the nearest name) or a value of the wrong type.
-    """
-    if "-h" in options.overrides or "--help" in options.overrides:
-        options.parser.print_help()
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[type(experiment)],
-                prog=options.parser.prog,
-                default=experiment,
-                args=options.overrides,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(one_sentence(message.getvalue())) from None
-
-
-def one_sentence(box: str) -> str:
-    """What tyro says in a box of several paragraphs: the first, and of "Perhaps you meant" the first flag."""
-    frame = "│|╭╮╰╯─-+ "
-    paragraphs: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│| ")
-        if text.strip(frame):
-            paragraphs[-1].append(text)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    said = " ".join(paragraphs[0]).removeprefix("Error parsing Experiment: ").rstrip(".")
-    near = next((re.search(r"--\S+", " ".join(lines[1:])) for lines in paragraphs if lines and "you meant" in lines[0]), None)
-    return f"{said}; did you mean {near[0]}?" if near else said
 
 
 def require_workdir(options: argparse.Namespace) -> pathlib.Path:
