@@ -85,19 +85,21 @@ def counted(objective: NextToken, batch: dict) -> float:
     return float(batch["loss_mask" if objective.loss == "all" else "answer_mask"].sum())
 
 
-def weighted_loss(objective: NextToken, model: Model, batch: dict[str, jax.Array]) -> jax.Array:
+def weighted_loss(objective: NextToken, model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> jax.Array:
     """Reads rows from an empty state and sums their weighted losses.
 
     Args:
       objective: chunk size.
       model: any model.
       batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1], weights float32 [B, T].
+      dropout_key: for models with dropout, in training; None: no dropout.
 
     Returns:
       The loss, a float32 scalar.
     """
     tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    hidden_BTD, _ = model.hidden(tokens_BT, model.init_state(*tokens_BT.shape), batch["segment_ids"][:, :-1])
+    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
+    hidden_BTD, _ = model.hidden(tokens_BT, model.init_state(*tokens_BT.shape), batch["segment_ids"][:, :-1], **dropout)
     losses_BT = token_losses(model, hidden_BTD, targets_BT, chunk=objective.chunk)
     # A token of weight 0 (padding, a document's last token) may have a loss of no meaning.
     return jnp.sum(jnp.where(batch["weights"] > 0, losses_BT, 0) * batch["weights"])

@@ -53,15 +53,18 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
 
     def train_step(state: TrainState, batch):
         batch = batch | {"weights": token_weights(experiment.objective, batch)}
-        loss_and_gradient = jax.value_and_grad(lambda model, part: weighted_loss(experiment.objective, model, part))
+        loss_and_gradient = jax.value_and_grad(lambda model, part, key: weighted_loss(experiment.objective, model, part, key))
+        keys_M = None
+        if getattr(experiment.model, "has_dropout", False):
+            keys_M = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step), experiment.accumulation)
         if experiment.accumulation == 1:
-            loss, gradient = loss_and_gradient(state.model, batch)
+            loss, gradient = loss_and_gradient(state.model, batch, None if keys_M is None else keys_M[0])
         else:
             # Microbatch m takes every M-th row, so that each device's rows are in every microbatch.
             microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulation, *x.shape[1:]), 1, 0), batch)
             zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, state.model))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradient(state.model, part)), None)
-            (loss, gradient), _ = jax.lax.scan(add, zero, microbatches)
+            add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradient(state.model, *part)), None)
+            (loss, gradient), _ = jax.lax.scan(add, zero, (microbatches, keys_M))
         norm = optax.tree.norm(gradient)
         # A loss or a norm that is not finite spoils the update even where the gradient itself is finite; the optimizer skips on NaN.
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
