@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -53,6 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"infinicontext: {error}", file=sys.stderr)
         sys.exit(2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"infinicontext: there is not enough memory; make a batch or a length smaller ({str(error).splitlines()[0]})", file=sys.stderr
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninfinicontext: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has enough; nothing is left that could be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +121,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--prompts-file", type=pathlib.Path, help="a .jsonl file with a field prompt, or a text file with a prompt per line"
     )
-    command.add_argument("--output", type=pathlib.Path, help="a .jsonl file: prompt, completion, tokens, finish (stop or length)")
+    command.add_argument("--output", type=pathlib.Path, help="a .jsonl file: prompt, completion, finish (stop or length)")
     command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
     command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
@@ -119,7 +134,7 @@ def make_parser() -> Parser:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
-    text = "Convert a Hugging Face folder to a run folder, or a run's model to a Hugging Face folder."
+    text = "Convert a Hugging Face folder to a run folder, or a run's model to a Hugging Face folder or to a run folder of its own."
     command = add("convert", run_convert, text)
     command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
     command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
@@ -207,36 +222,46 @@ def run_generate(options: argparse.Namespace) -> None:
         loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step)
         generation = dataclasses.replace(generation, stop=tuple((token,) for token in loaded.stop))
         ids = [weights.prompt_ids(loaded, prompt) for prompt in prompts]
-        output = sys.stdout
+        output, temporary = sys.stdout, None
         if options.output:
+            temporary = options.output.with_name(options.output.name + ".partial")
             try:
-                output = closing.enter_context(options.output.open("w", encoding="utf-8"))
+                if options.output.is_dir():
+                    raise IsADirectoryError(0, "it is a folder")
+                output = closing.enter_context(temporary.open("w", encoding="utf-8"))
             except OSError as error:
                 raise UserError(f"--output {options.output} cannot be written: {error.strerror}") from error
-        streamed = len(prompts) == 1 and not options.output
         for at in range(0, len(prompts), options.batch_size):
             part = ids[at : at + options.batch_size]
             rows = [TextStream(loaded.tokenizer, prompt, options.stop) for prompt in part]
             for new in follow(rows, stream(loaded.model, part, generation, first_row=at)):
-                if streamed:
+                if len(prompts) == 1 and not temporary:
                     print(new[0], end="", flush=True)
-            if streamed:
+            if len(prompts) == 1 and not temporary:
                 print()
                 return
             for prompt, row in zip(prompts[at:], rows):
-                record = {"prompt": prompt, "completion": row.text, "tokens": row.count, "finish": row.finish}
+                record = {"prompt": prompt, "completion": row.text, "finish": row.finish}
                 print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+        if temporary:
+            temporary.replace(options.output)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """What the user asks to be continued."""
-    prompts = list(options.prompts)
-    if options.prompts_file:
+    prompts, file = list(options.prompts), options.prompts_file
+    if file:
         try:
-            lines = [line for line in options.prompts_file.read_text("utf-8").splitlines() if line.strip()]
-            prompts += [json.loads(line)["prompt"] for line in lines] if options.prompts_file.suffix == ".jsonl" else lines
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"--prompts-file {options.prompts_file} cannot be read: {error!r}") from error
+            lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts-file {file} cannot be read: {error}") from error
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(lines, 1):
+                try:
+                    lines[number - 1] = json.loads(line)["prompt"]
+                except (ValueError, LookupError, TypeError):
+                    raise UserError(f"--prompts-file {file}: prompt {number} is not a JSON object with a field prompt") from None
+        prompts += lines
     elif not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read()]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -249,17 +274,17 @@ def run_convert(options: argparse.Namespace) -> None:
     from_run = weights.is_run(options.source)
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
-    if from_run and to == "run":
-        raise UserError(f"{options.source} is a run folder already; copy it")
     if not from_run and to == "huggingface":
         raise UserError(f"{options.source} is a Hugging Face folder already, or none of both; copy it")
-    if not from_run and (options.dtype or options.step is not None):
-        raise UserError("--dtype and --step go with --to huggingface; a run's parameters are float32")
+    if options.dtype and to == "run":
+        raise UserError("--dtype goes with --to huggingface; a run's parameters are float32")
+    if options.step is not None and not from_run:
+        raise UserError(f"--step is {options.step}, but {options.source} is no run folder and has no checkpoints")
     with jax.set_mesh(mesh):
-        if from_run:
+        if to == "huggingface":
             weights.to_huggingface(options.source, options.target, mesh, dtype=options.dtype, step=options.step)
         else:
-            weights.to_run(options.source, options.target, mesh, options.line)
+            weights.to_run(options.source, options.target, mesh, step=options.step, command=options.line)
     print(options.target)
 
 

@@ -172,9 +172,12 @@ def test_policies_that_mean_nothing_here():
 def test_hf_switches_the_whole_batch_at_its_longest_row():
     rope = RopeConfig("longrope", original_length=16, length=64, long_factors=(2.0, 4.0))
     model = build(dataclasses.replace(TINY, rope=rope))
-    long, short = prompts_of(14, 3)
+    long, short = prompts_of(13, 6)
     options = Generation(max_new_tokens=12, rope_policy="hf", stop=((3,),))
     rows = generate(model, [long, short], options)
+    one_later = dataclasses.replace(rope, original_length=17)
+    moved = generate(build(dataclasses.replace(TINY, rope=one_later)), [long, short], options)
+    assert any(len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any() for a, b in zip(rows, moved)), "the step should show"
     prompt, tokens = [long, short], [[], []]
     run = jax.jit(lambda tokens_1T, planned: model(tokens_1T, model.init_state(1, capacity=64, planned=planned))[0][0])
     for step in range(12):
@@ -210,11 +213,13 @@ def test_wrong_prompts(prompts, message):
         {"segment": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-42},
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": -1},
         {"stop": ((1,), ())},
+        {"stop": ((-1, 5),)},
     ],
     ids=str,
 )
@@ -246,6 +251,23 @@ def test_text_does_not_depend_on_how_tokens_come(cuts, stop):
     ends = [TEXT.index(text) for text in stop if text in TEXT]
     assert "".join(pieces) == row.text == TEXT[: min(ends, default=len(TEXT))]
     assert row.finish == ("stop" if ends else "length")
+
+
+def test_long_text_takes_time_in_proportion():
+    """However long the text, no call decodes more than the last tokens."""
+    longest, tokenizer = 0, ByteTokenizer()
+
+    class Watched(ByteTokenizer):
+        def decode(self, ids_N):
+            nonlocal longest
+            longest = max(longest, len(ids_N))
+            return tokenizer.decode(ids_N)
+
+    ids = tokenizer.encode(TEXT * 200)
+    row = TextStream(Watched(), [1, 2, 3], ["never there"])
+    pieces = [row.add(ids[at : at + 7]) for at in range(0, len(ids), 7)] + [row.add([], last=True)]
+    assert "".join(pieces) == row.text == TEXT * 200
+    assert longest < 100
 
 
 def test_text_keeps_the_space_before_a_first_word():

@@ -1,8 +1,10 @@
 """Weights of Hugging Face checkpoints in and out: the reference models, round trips, sharded reads, and everything that can be wrong."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from infinicontext.errors import UserError
 from infinicontext.inference.generate import Generation, generate
 from infinicontext.models import TransformerConfig
 from infinicontext.nn.rope import RopeConfig
+from infinicontext.pretrained import huggingface
 from infinicontext.pretrained.huggingface import sources
 from infinicontext.pretrained.huggingface_config import FAMILIES, config_from_huggingface, obstacles
 
@@ -178,25 +181,31 @@ def test_each_device_reads_only_its_slice(family, tmp_path, monkeypatch):
     pretrained.save(model, tmp_path / "out")
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
 
-    from infinicontext.pretrained import huggingface
-
     read_bytes = []
-    reader = huggingface._reader
+    opened = huggingface._open
 
-    def counting(*arguments):
-        read = reader(*arguments)
+    class Counting:
+        """An open file that notes how much is read from it."""
 
-        def count(index):
-            part = read(index)
-            read_bytes.append(part.nbytes)
-            return part
+        def __init__(self, file):
+            self.file = file
 
-        return count
+        def get_slice(self, name):
+            part = self.file.get_slice(name)
 
-    monkeypatch.setattr(huggingface, "_reader", counting)
+            class Slice:
+                get_shape, get_dtype = part.get_shape, part.get_dtype
+
+                def __getitem__(self, index):
+                    read_bytes.append(part[index].nbytes)
+                    return part[index]
+
+            return Slice()
+
+    monkeypatch.setattr(huggingface, "_open", lambda *arguments: {name: Counting(file) for name, file in opened(*arguments).items()})
     loaded = pretrained.load(tmp_path / "out", mesh)
     total = sum(x.nbytes for x in jax.tree.leaves(model))
-    assert sum(read_bytes) == total, "slices that several devices hold should be read once"
+    assert sum(read_bytes) == total, "every number should be read once, however many devices hold it"
     assert_same_parameters(loaded, model)
     places = jax.tree.leaves(sharding.shardings(models.abstract(config), mesh))
     split = 0
@@ -209,6 +218,26 @@ def test_each_device_reads_only_its_slice(family, tmp_path, monkeypatch):
     assert largest.data.nbytes * 4 == model.blocks.feed_forward.down[...].nbytes
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_slice_is_read_in_little_more_than_its_own_memory(tmp_path, stored, dtype):
+    """Of the largest tensors, stacked and not, for a mesh: at most 1.3 times the slice, its copy on the way included."""
+    config = dataclasses.replace(TINY, vocab_size=20000, dim=512, layers=1, feed_forward=20000)
+    pretrained.save(models.build(config, nnx.Rngs(0)), tmp_path / "out", dtype=stored)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4))
+    where, abstract = sources(config, "llama"), models.abstract(config)
+    places, shapes = huggingface._paths(sharding.shardings(abstract, mesh)), huggingface._paths(abstract)
+    with contextlib.ExitStack() as closing:
+        tensors = huggingface._open(tmp_path / "out", closing)
+        for name in ("embedding/table", "embedding/head", "blocks/feed_forward/up", "blocks/feed_forward/down"):
+            read = huggingface._reader(tensors, where[name], shapes[name].shape, np.dtype(dtype))
+            index = next(iter(places[name].addressable_devices_indices_map(shapes[name].shape).values()))
+            tracemalloc.start()
+            size = read(index).nbytes
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert size <= peak < 1.3 * size + 4 * huggingface._SLAB, name
+
+
 def test_another_config_reads_the_same_weights(tmp_path):
     model = models.build(TINY, nnx.Rngs(0))
     pretrained.save(model, tmp_path / "out")
@@ -218,6 +247,13 @@ def test_another_config_reads_the_same_weights(tmp_path):
     loaded = pretrained.load(tmp_path / "out", config=config)
     assert loaded.config == config
     assert_same_parameters(loaded, model)
+    with pytest.raises(
+        UserError, match=r"cannot be read with model.feed_forward_size 32, it has 24; model.norm_epsilon 1e-05, it has 1e-06"
+    ):
+        pretrained.load(tmp_path / "out", config=dataclasses.replace(TINY, feed_forward=32, norm_epsilon=1e-5))
+    edit_config(tmp_path / "out", model_type="gemma")
+    with pytest.raises(UserError, match="model_type gemma"):
+        pretrained.load(tmp_path / "out", config=TINY)
 
 
 # --- What can be wrong ---
@@ -284,7 +320,10 @@ def test_tensors_that_nothing_reads_are_ignored(folder):
         (lambda f: edit_config(f, hidden_size=..., vocab_size=None), "lacks vocab_size, hidden_size"),
         (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantization_config"),
         (lambda f: edit_config(f, num_key_value_heads=3), "not a multiple of model.kv_heads"),
+        (lambda f: edit_config(f, num_key_value_heads=0), "model.kv_heads is 0"),
         (lambda f: edit_config(f, rope_scaling={"rope_type": "cubic"}), "rope_type is cubic"),
+        (lambda f: edit_config(f, rope_scaling="linear"), "a value of a wrong kind"),
+        (lambda f: edit_config(f, rope_scaling={"rope_type": "linear", "factor": "2"}), "a value of a wrong kind"),
         (
             lambda f: edit_config(f, model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
             "different kinds of attention",
@@ -297,6 +336,7 @@ def test_tensors_that_nothing_reads_are_ignored(folder):
         (lambda f: next(f.glob("model-00001*")).write_bytes(b""), "model-00001.*cut off"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "neither model.safetensors nor model.safetensors.index.json"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json cannot be read"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "has no weight_map"),
         (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     ],
@@ -335,6 +375,28 @@ def test_what_transformers_cannot_express_is_refused(tmp_path, changes, message)
     assert not list(tmp_path.iterdir())
 
 
+def test_dtypes_that_are_none(folder, tmp_path):
+    with pytest.raises(UserError, match="dtype is int8; it must be one of float32, bfloat16, float64"):
+        pretrained.load(folder, dtype="int8")
+    with pytest.raises(UserError, match="dtype is int8; it must be one of float32, bfloat16, float16"):
+        pretrained.save(pretrained.load(folder), tmp_path / "out", dtype="int8")
+
+
+def test_targets(folder, tmp_path):
+    """An empty folder or a link to one is filled; folders of others, and what could not be written, are left alone."""
+    model = pretrained.load(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    pretrained.save(model, tmp_path / "link")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+    (tmp_path / "file").touch()
+    (tmp_path / "mine.partial").mkdir()
+    with pytest.raises(UserError, match="cannot be made"):
+        pretrained.save(model, tmp_path / "file" / "out")
+    pretrained.save(model, tmp_path / "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "empty", "link", "file", "mine", "mine.partial"}
+
+
 def test_save_does_not_overwrite(folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UserError, match="exists already"):
@@ -363,13 +425,16 @@ def test_the_sources_name_every_parameter_once():
 
 
 def test_windows_as_the_families_say_them():
-    base = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    base = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base |= {"intermediate_size": 8}
     window = lambda **fields: config_from_huggingface(base | fields).span
     assert window(model_type="mistral") == 4096
     assert window(model_type="mistral", sliding_window=None) is None
     assert window(model_type="mistral", sliding_window=7, max_position_embeddings=8) == 7
     assert window(model_type="phi3", sliding_window=8, max_position_embeddings=8) is None
     assert window(model_type="llama", sliding_window=7) is None
+    assert window(model_type="qwen2", use_sliding_window=True, max_window_layers=0) == 4096
+    assert window(model_type="qwen3", use_sliding_window=True, sliding_window=None, max_window_layers=1) is None
     assert window(model_type="qwen2", sliding_window=7) is None
     assert window(model_type="qwen2", sliding_window=7, use_sliding_window=True, max_window_layers=0) == 7
     assert window(model_type="qwen3", sliding_window=7, use_sliding_window=True, max_window_layers=2) is None

@@ -41,16 +41,16 @@ class Generation:
         for name in ("max_new_tokens", "segment"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number from 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; it must be 1 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be more than 0 and at most 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
-        if not all(self.stop):
-            raise UserError("stop has an empty sequence; each must hold one token or more")
+        if not all(ids and min(ids) >= 0 for ids in self.stop):
+            raise UserError(f"stop is {self.stop}; each sequence must hold one token id or more, all 0 or more")
 
 
 class Completion(NamedTuple):
@@ -107,6 +107,8 @@ def stream(
     )
     step, rows, sent_B = 0, [np.zeros(0, np.int32)] * B, np.zeros(B, np.int32)
     for until, planned_B in _phases(model, lengths_B, options):
+        if carry.state is not None and np.asarray(carry.done_B).all():
+            return
         read = [np.concatenate([prompt, row])[:-1] for prompt, row in zip(prompts, rows)]
         carry = carry._replace(state=_read(model, read, int(lengths_B.max()) + total, planned_B, options.segment))
         while step < until and not np.asarray(carry.done_B).all():

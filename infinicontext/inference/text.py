@@ -5,39 +5,43 @@ from collections.abc import Iterator, Sequence
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.inference.generate import Completion
 
-_CONTEXT = 8  # prompt tokens that are decoded with the new ones: what a token looks like can depend on those before it
+_CONTEXT = 8  # tokens that are decoded with the new ones: what a token looks like can depend on those before it
+_WINDOW = 64  # tokens that are decoded at a time
 
 
 class TextStream:
-    """One row's text as its tokens come.
+    """One row's text as its tokens come, in time that does not grow with the text.
 
     Attributes:
       text: all that is settled so far.
-      count: tokens taken.
       finish: "stop" once a stop text or a stop token was reached, before which `text` ends; "length" until then.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
-        self.text, self.count, self.finish = "", 0, "length"
+        self.text, self.finish = "", "length"
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids = [int(token) for token in prompt[-_CONTEXT:]]
-        self._before = len(tokenizer.decode(self._ids))
+        self._begin(prompt)
+
+    def _begin(self, ids: Sequence[int]) -> None:
+        self._ids = [int(token) for token in ids[-_CONTEXT:]]
+        self._shown = len(self._tokenizer.decode(self._ids))
 
     def add(self, tokens: Sequence[int], *, last: bool = False) -> str:
         """Takes new tokens -> the text that they settle; `last` gives out what was held back."""
         if self.finish == "stop":
             return ""
         self._ids += [int(token) for token in tokens]
-        self.count += len(tokens)
-        text = self._tokenizer.decode(self._ids)[self._before :]
+        text = self._tokenizer.decode(self._ids)[self._shown :]
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             self.finish, settled = "stop", min(ends)
         else:
             settled = len(text) if last else _settled(text, self._stop)
-        new = text[len(self.text) : settled]
-        self.text += new
-        return new
+        self.text += text[:settled]
+        self._shown += settled
+        if settled == len(text) and len(self._ids) > _WINDOW:
+            self._begin(self._ids)
+        return text[:settled]
 
 
 def _settled(text: str, stop: Sequence[str]) -> int:

@@ -57,6 +57,9 @@ class TransformerConfig:
         for name in ("vocab_size", "dim", "layers", "heads", "window", "block"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("kv_heads", "head_dim", "feed_forward"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.memory_blocks < 0:
             raise UserError(f"model.memory_blocks is {self.memory_blocks}; it must be 0 or more")
         if self.head_dim is None and self.dim % self.heads:
@@ -244,7 +247,7 @@ class Transformer(nnx.Module):
         return TransformerState(
             cursor.start(batch_size, (capacity or config.rope.planned) if planned is None else planned),
             attention.empty_slots(batch_size, count),
-            Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)),
+            Cache(*(constrain(jnp.zeros(shape, config.dtype), (None, "batch", None, "kv_heads", None)) for _ in range(2))),
         )
 
     def room(self, state: TransformerState) -> jax.Array | None:

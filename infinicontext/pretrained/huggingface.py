@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,18 @@ from safetensors.numpy import save_file
 
 from infinicontext import models, sharding
 from infinicontext.errors import UserError
+from infinicontext.files import new_folder, read_json
 from infinicontext.models.transformer import Transformer, TransformerConfig
 from infinicontext.pretrained.huggingface_config import FAMILIES, Family, config_from_huggingface, config_to_huggingface, obstacles
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_COMPUTE_DTYPES, _STORED_DTYPES = ("float32", "bfloat16", "float64"), ("float32", "bfloat16", "float16")
+# What weights cannot be read without; window, rotary scheme, dtype and remat may change.
+_OF_WEIGHTS = (
+    *("vocab_size", "dim", "layers", "heads", "kv_head_count", "head_size", "feed_forward_size", "tied_embeddings"),
+    *("attention_bias", "output_bias", "feed_forward_bias", "qk_norm", "norm_epsilon"),
+)
+_SLAB = 2**24  # bytes read at a time
 # Beside the weights: what a tokenizer, a chat template or a generation default needs.
 _SIDE_FILES = (
     "tokenizer*",
@@ -107,7 +115,7 @@ def read_config(path: str | pathlib.Path) -> TransformerConfig:
     Raises:
       UserError: no config.json there, or one that is not supported.
     """
-    return config_from_huggingface(_read_json(pathlib.Path(path) / "config.json"))
+    return config_from_huggingface(read_json(pathlib.Path(path) / "config.json"))
 
 
 def load(
@@ -121,14 +129,19 @@ def load(
       path: a folder with config.json and model.safetensors, or its shards and their index.
       mesh: where the parameters go; None: the first device.
       dtype: of parameters and computation; None: float32 parameters. bfloat16 halves the memory; to train, start from float32.
-      config: replaces the folder's, to read the same weights with another window, rotary scheme or remat.
+      config: replaces the folder's, to read the same weights with another window, rotary scheme, compute dtype or remat.
 
     Raises:
       UserError: something cannot be read or is not supported. Tensors that are missing, unexpected or of another shape are all listed.
     """
-    path = pathlib.Path(path)
-    family = _read_json(path / "config.json").get("model_type")
-    config = config or read_config(path)
+    path, stored = pathlib.Path(path), read_config(path)
+    if dtype not in (None, *_COMPUTE_DTYPES):
+        raise UserError(f"dtype is {dtype}; it must be one of {', '.join(_COMPUTE_DTYPES)}")
+    family, config = read_json(path / "config.json")["model_type"], config or stored
+    differing = [name for name in _OF_WEIGHTS if getattr(config, name) != getattr(stored, name)]
+    if differing:
+        found = (f"model.{name} {getattr(config, name)}, it has {getattr(stored, name)}" for name in differing)
+        raise UserError(f"{path} cannot be read with {'; '.join(found)}")
     if dtype is not None:
         config = TransformerConfig(**(vars(config) | {"dtype": dtype}))
     model = models.abstract(config)
@@ -151,10 +164,13 @@ def load(
 def _open(path: pathlib.Path, closing: contextlib.ExitStack) -> dict[str, Any]:
     """Every tensor's name and the open (mapped, not read) file that holds it."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    elif (path / "model.safetensors").exists():
+    if (path / "model.safetensors").exists():
         files = ["model.safetensors"]
+    elif index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index} has no weight_map of tensors to files")
+        files = sorted(set(names.values()))
     elif pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
         raise UserError(f"{path} has {pickles[0]}, a torch pickle, which can run code when read; convert it to safetensors first")
     else:
@@ -177,7 +193,7 @@ def _check(path: pathlib.Path, tensors: dict[str, Any], shapes: dict[str, tuple[
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unexpected" for name in sorted(tensors) if name not in shapes and name not in ignored]
-    for name in shapes.keys() & tensors.keys():
+    for name in filter(tensors.__contains__, shapes):
         found = tensors[name].get_slice(name)
         if tuple(found.get_shape()) != shapes[name]:
             problems.append(f"{name} is {found.get_shape()}, not {list(shapes[name])}")
@@ -191,11 +207,11 @@ Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dtype: np.dtype) -> Read:
-    """A function that reads the slice `index` of a parameter of this shape."""
+    """A function that reads the slice `index` of a parameter of this shape, a few rows of the file at a time."""
     stacked = "{}" in source.name
-    sizes = shape[1:] if stacked else shape
+    sizes, axes, row_axis = shape[1:] if stacked else shape, source.rows + source.columns, source.rows[0]
 
-    def one(name: str, bounds: list[range]) -> np.ndarray:
+    def rows(name: str, bounds: list[range]) -> np.ndarray:
         # Of axes that make rows or columns together, the first is cut in the file and the others, which are small, afterwards.
         def span(axes: tuple[int, ...], first: int) -> slice:
             inner = math.prod(sizes[axis] for axis in axes[1:])
@@ -203,19 +219,23 @@ def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dty
 
         groups = [(source.rows, source.first_row)] + ([(source.columns, 0)] if source.columns else [])
         part = tensors[name].get_slice(name)[tuple(span(*group) for group in groups)]
-        axes = source.rows + source.columns
-        part = part.reshape([len(bounds[axis]) if axis in (source.rows[0], *source.columns[:1]) else sizes[axis] for axis in axes])
+        part = part.reshape([len(bounds[axis]) if axis in (row_axis, *source.columns[:1]) else sizes[axis] for axis in axes])
         part = part.transpose(np.argsort(axes))
         return part[tuple(slice(None) if len(bound) == size else slice(bound.start, bound.stop) for bound, size in zip(bounds, part.shape))]
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [range(*cut.indices(size)) for cut, size in zip(index, shape)]
-        if not stacked:
-            return np.ascontiguousarray(one(source.name, bounds).astype(dtype))
-        out = np.empty([len(bound) for bound in bounds], dtype)
-        for row, layer in enumerate(bounds[0]):
-            out[row] = one(source.name.format(layer), bounds[1:])
-        return out
+        layers, bounds = (bounds[0], bounds[1:]) if stacked else (range(1), bounds)
+        out = np.empty([len(layers), *map(len, bounds)], dtype)
+        whole = bounds[row_axis]
+        step = max(1, _SLAB * len(layers) * len(whole) // max(out.nbytes, 1))
+        for place, layer in enumerate(layers):
+            for start in range(whole.start, whole.stop, step):
+                slab = range(start, min(start + step, whole.stop))
+                into = [slice(None)] * len(bounds)
+                into[row_axis] = slice(slab.start - whole.start, slab.stop - whole.start)
+                out[(place, *into)] = rows(source.name.format(layer), [slab if axis == row_axis else b for axis, b in enumerate(bounds)])
+        return out if stacked else out[0]
 
     return read
 
@@ -234,18 +254,6 @@ def _place(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Read) -> 
     return jax.make_array_from_single_device_arrays(shape, where, [on_device[device] for device in indices])
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a pretrained model is a folder with a config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 # --- Out ---
 
 
@@ -261,13 +269,14 @@ def save(
 ) -> None:
     """Writes a folder that transformers loads, and that gives the same logits there.
 
-    The folder appears when it is complete. One file of weights is held in memory at a time.
+    The folder appears when it is complete; one file of weights is held in memory at a time. What cannot be written so, a run folder keeps
+    (training/weights.py).
 
     Args:
       model: a Transformer.
       path: a new or empty folder.
       like: a folder of transformers that the model came from: its family, token ids, tokenizer and chat template are kept.
-      family: what the model is written as; None: that of `like` or, without one, the first that can express it.
+      family: what the model is written as; None: that of `like` if it can express the model, otherwise the first that can.
       length: the config's max_position_embeddings, where neither the rotary scheme nor `like` says.
       dtype: of the numbers written: float32, bfloat16 or float16; None: as they are.
       shard_bytes: weights go into files of about this size.
@@ -275,65 +284,56 @@ def save(
     Raises:
       UserError: transformers has no such model, or the folder cannot be written.
     """
-    path, config = pathlib.Path(path), getattr(model, "config", None)
+    config, like = getattr(model, "config", None), like and pathlib.Path(like)
     if not isinstance(config, TransformerConfig):
-        raise UserError(f"a {type(model).__name__} cannot be written for transformers, which has no such model; convert --to run keeps it")
-    kept = _read_json(pathlib.Path(like) / "config.json") if like else {}
-    family = family or kept.get("model_type") or min(FAMILIES, key=lambda family: len(obstacles(config, family)))
-    if family not in FAMILIES:
+        raise UserError(f"transformers has no {type(model).__name__}; a run folder (convert --to run) keeps it in our own format")
+    if dtype not in (None, *_STORED_DTYPES):
+        raise UserError(f"dtype is {dtype}; it must be one of {', '.join(_STORED_DTYPES)}")
+    if family not in (None, *FAMILIES):
         raise UserError(f"family is {family}; it must be one of {', '.join(FAMILIES)}")
+    kept = read_json(like / "config.json") if like else {}
+    if family is None:
+        candidates = [kept["model_type"], *FAMILIES] if kept.get("model_type") in FAMILIES else FAMILIES
+        family = min(candidates, key=lambda family: len(obstacles(config, family)))
     if found := obstacles(config, family):
-        raise UserError(
-            f"{' and '.join(found)} cannot be written for transformers (as {family}); convert --to run keeps it in our own format"
-        )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose a new folder")
+        reasons = f"{' and '.join(found)} cannot be written for transformers (as {family})"
+        raise UserError(f"{reasons}; a run folder (convert --to run) keeps it in our own format")
 
     parameters, where = _paths(model), sources(config, family)
     stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
-    record = config_to_huggingface(config, family, length, kept if kept.get("model_type") == family else {})
+    record = config_to_huggingface(config, family, length, kept)
     record["dtype" if "dtype" in record else "torch_dtype"] = stored.name
-
-    temporary = path.with_name(path.name + ".partial")
-    writes = jax.process_index() == 0
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{path} cannot be made: {error.strerror}") from error
     shapes = _tensor_shapes(parameters, where)
     shards = _shards({name: math.prod(shape) * stored.itemsize for name, shape in shapes.items()}, shard_bytes)
     parts: dict[str, list[tuple[Source, str, int]]] = {}
     for name, source in where.items():
         for i in range(config.layers) if "{}" in source.name else (0,):
             parts.setdefault(source.name.format(i), []).append((source, name, i))
-    file_of = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _gather(parameters, parts[name], stored) for name in names}
-        file_of |= dict.fromkeys(names, file)
+    writes = jax.process_index() == 0
+    with new_folder(pathlib.Path(path)) if writes else contextlib.nullcontext() as folder:
+        file_of = {}
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: _gather(parameters, parts[name], stored) for name in names}
+            file_of |= dict.fromkeys(names, file)
+            if writes:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
         if writes:
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-    if writes:
-        if len(shards) > 1:
-            total = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": file_of}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-        if like:
-            copy_side_files(pathlib.Path(like), temporary)
-        temporary.replace(path)
+            if len(shards) > 1:
+                total = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
+                index = {"metadata": {"total_size": total}, "weight_map": file_of}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            if like:
+                copy_side_files(like, folder)
 
 
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies what goes with a model's weights: tokenizer, chat template, defaults for generation."""
-    for file in _side_files(source):
-        shutil.copy(file, target / file.name)
-
-
-def _side_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    return (file for pattern in _SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copy(file, target / file.name)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -20,6 +20,14 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+# What transformers takes where a config.json does not say.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+}
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> TransformerConfig:
@@ -33,6 +41,13 @@ def config_from_huggingface(config: Mapping[str, Any]) -> TransformerConfig:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"config.json has model_type {family}; it must be one of {', '.join(FAMILIES)}")
+    try:
+        return _config({**_DEFAULTS[family], **config}, family)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"config.json holds a value of a wrong kind: {error}") from error
+
+
+def _config(config: Mapping[str, Any], family: Family) -> TransformerConfig:
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     if missing := [name for name in needed if not isinstance(config.get(name), int)]:
         raise UserError(f"config.json lacks {', '.join(missing)}")
@@ -58,28 +73,24 @@ def config_from_huggingface(config: Mapping[str, Any]) -> TransformerConfig:
         output_bias=family in ("llama", "qwen3") and bias,
         feed_forward_bias=bool(config.get("mlp_bias")),
         qk_norm=family == "qwen3",
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
     )
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
     """Tokens of a sliding window that all layers share, None for full attention."""
-    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
-    match config["model_type"]:
-        case "llama":
+    window, family, layers = config.get("sliding_window"), config["model_type"], config["num_hidden_layers"]
+    if family == "llama" or window is None or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+        return None
+    if family in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)
+        kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        if len(set(kinds)) > 1:
+            raise UserError("config.json gives layers different kinds of attention (layer_types); it must be one for all")
+        if kinds[0] != "sliding_attention":
             return None
-        case "mistral" if "sliding_window" not in config:
-            window = 4096  # what transformers takes there
-        case "qwen2" | "qwen3":
-            if not config.get("use_sliding_window"):
-                return None
-            first = config.get("max_window_layers", 28)
-            kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-            if len(set(kinds)) > 1:
-                raise UserError("config.json gives layers different kinds of attention (layer_types); it must be one for all")
-            window = window if kinds[0] == "sliding_attention" else None
     longest = config.get("max_position_embeddings")
-    return None if window is None or (longest and window >= longest) else window
+    return None if longest and window >= longest else window
 
 
 def rope_from_huggingface(config: Mapping[str, Any]) -> RopeConfig:
@@ -91,7 +102,7 @@ def rope_from_huggingface(config: Mapping[str, Any]) -> RopeConfig:
     Raises:
       UserError: the type is unknown, layers differ in their parameters, or a value is missing or out of range.
     """
-    inner = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    inner = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := [name for name, value in inner.items() if isinstance(value, Mapping)]:
         raise UserError(f"rope_parameters has an entry for {nested[0]}; it must be one set of parameters for all layers")
     scheme = inner.get("rope_type", inner.get("type", "default"))

@@ -4,6 +4,7 @@ config.json (experiment, versions, commit, command), metrics.jsonl, tensorboard/
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -19,6 +20,8 @@ from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment, differences, from_plain, to_plain
 from infinicontext.nn.parameters import parameter_count
+
+KEPT = "huggingface"  # in a run folder: the small files of the Hugging Face folder it came from
 
 
 def check_run_folder(experiment: Experiment, workdir: pathlib.Path, data_fingerprint: str, allow_config_change: bool) -> None:
@@ -93,8 +96,8 @@ def lock(workdir: pathlib.Path):
                 shutil.rmtree(workdir)
 
 
-def load_config(workdir: pathlib.Path) -> Experiment:
-    """The experiment of a run folder.
+def load_config(workdir: pathlib.Path, *, whole_paths: bool = True) -> Experiment:
+    """The experiment of a run folder; `whole_paths`: a tokenizer kept within the folder is named by its whole path.
 
     Raises:
       UserError: no run there, or a config that this version cannot read.
@@ -103,9 +106,12 @@ def load_config(workdir: pathlib.Path) -> Experiment:
     if not path.exists():
         raise UserError(f"{workdir} is not a run folder: it has no config.json")
     try:
-        return from_plain(json.loads(path.read_text())["experiment"])
+        experiment = from_plain(json.loads(path.read_text())["experiment"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if whole_paths and experiment.data.tokenizer == KEPT:
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, tokenizer=str(workdir / KEPT)))
+    return experiment
 
 
 def versions() -> dict[str, str]:

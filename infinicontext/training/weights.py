@@ -18,13 +18,12 @@ from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
+from infinicontext.files import new_folder
 from infinicontext.models import ModelConfig
 from infinicontext.models.streaming import Model
 from infinicontext.pretrained.huggingface import copy_side_files
 from infinicontext.training.checkpoint import Checkpoints
-from infinicontext.training.run_folder import load_config, write_config
-
-KEPT = "huggingface"
+from infinicontext.training.run_folder import KEPT, load_config, write_config
 
 
 class Loaded(NamedTuple):
@@ -38,10 +37,7 @@ class Loaded(NamedTuple):
 
 def is_run(folder: pathlib.Path) -> bool:
     """Whether a folder is a run, rather than one of Hugging Face."""
-    try:
-        return "experiment" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
+    return "experiment" in _read_or_nothing(folder / "config.json")
 
 
 def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, step: int | None = None) -> Loaded:
@@ -61,29 +57,59 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
     if is_run(folder):
         experiment = load_config(folder)
         config = experiment.model if dtype is None else dataclasses.replace(experiment.model, dtype=dtype)
-        model = restore(folder, config, mesh, step)
+        model = restore(folder, config, mesh, step)[1]
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
-        tokenizer, files = load_tokenizer(experiment.data.tokenizer), folder / KEPT
+        tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
+    elif step is not None:
+        raise UserError(f"--step is {step}, but {folder} is no run folder and has no checkpoints")
     else:
         model = pretrained.load(folder, mesh, dtype)
-        tokenizer, files = load_tokenizer(str(folder)) if (folder / "tokenizer.json").exists() else None, folder
+        kept = folder if (folder / "tokenizer.json").exists() else None
+        tokenizer = load_tokenizer(str(folder)) if kept else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
-    if (files / "tokenizer.json").exists():
-        return Loaded(model, tokenizer, None, stop_ids(files))
+    if kept:
+        return Loaded(model, tokenizer, None, stop_ids(kept))
     start = () if tokenizer is None or tokenizer.start_id is None else (tokenizer.start_id,)
     # Documents follow one another in training, so the start of the next is the end of this one.
-    return Loaded(model, tokenizer, start, stop_ids(files) or start)
+    return Loaded(model, tokenizer, start, start)
 
 
-def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | None = None) -> Model:
-    """The parameters of a run's checkpoint, in a model with this config."""
-    abstract = models.abstract(config)
+def _own_tokenizer(experiment: Experiment) -> Tokenizer | None:
+    """A run's tokenizer; None for a converted run that came without one."""
+    path = pathlib.Path(experiment.data.tokenizer)
+    return None if path.name == KEPT and path.is_dir() and not (path / "tokenizer.json").exists() else load_tokenizer(str(path))
+
+
+def _kept(run: pathlib.Path, experiment: Experiment) -> pathlib.Path | None:
+    """The kept Hugging Face files of a run, if the run still speaks with that tokenizer."""
+    if not (run / KEPT / "tokenizer.json").exists():
+        return None
+    tokenizer = _own_tokenizer(experiment)
+    same = tokenizer is not None and tokenizer.fingerprint() == load_tokenizer(str(run / KEPT)).fingerprint()
+    return run / KEPT if same else None
+
+
+def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | None = None) -> tuple[int, Model]:
+    """The step and the parameters of a run's checkpoint, in a model with this config.
+
+    Raises:
+      UserError: there is no such checkpoint, or its parameters are not those of such a model.
+    """
+    abstract, stored = models.abstract(config), models.abstract(load_config(folder).model)
+    names = lambda model: {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    wanted, found = names(abstract), names(stored)
+    if differing := [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]:
+        name = min(differing)
+        raise UserError(
+            f"{folder} holds a {type(stored).__name__} with other parameters, in {len(differing)} places; "
+            f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'missing')}"
+        )
     where = sharding.shardings(abstract, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
     checkpoints = Checkpoints(folder)
     try:
-        return checkpoints.restore_model(like, step)[1]
+        return checkpoints.restore_model(like, step)
     finally:
         checkpoints.close()
 
@@ -96,54 +122,56 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Mod
       UserError: the parameters are not those of such a model.
     """
     if is_run(folder):
-        return restore(folder, config, mesh)
+        return restore(folder, config, mesh)[1]
     if not isinstance(config, models.TransformerConfig):
-        raise UserError(f"start_from {folder} holds a Transformer, not a {type(config).__name__}; infinicontext convert makes one of it")
+        raise UserError(f"start_from {folder} holds no {type(config).__name__.removesuffix('Config')}; give a run folder that does")
     return pretrained.load(folder, mesh, config=config)
 
 
 def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
     """The end-of-text ids of a Hugging Face folder: generation_config.json's or, without those, config.json's."""
     for name in ("generation_config.json", "config.json"):
-        try:
-            found = json.loads((folder / name).read_text()).get("eos_token_id")
-        except (OSError, ValueError):
-            continue
+        found = _read_or_nothing(folder / name).get("eos_token_id")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+            return tuple(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0)
     return ()
 
 
-def to_run(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, command: str = "") -> None:
-    """Makes a run folder, at step 0, of a Hugging Face folder.
+def _read_or_nothing(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def to_run(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None, command: str = "") -> None:
+    """Makes a run folder with nothing but parameters: of a Hugging Face folder, at step 0, or of a run's checkpoint.
 
     Raises:
       UserError: the source cannot be read, or the target is not new.
     """
-    require_new(target)
-    model = pretrained.load(source, mesh)
-    temporary = target.with_name(target.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    keep_files(source, temporary)
-    tokenizer = str(target / KEPT) if (source / "tokenizer.json").exists() else "bytes"
-    experiment = Experiment(target.name, model.config, CorpusData(tokenizer=tokenizer))
-    checkpoints = Checkpoints(temporary, keep=1)
-    checkpoints.save(0, model)
-    checkpoints.close()
-    write_config(experiment, temporary, "", command)
-    temporary.replace(target)
+    with new_folder(target) as folder:
+        if is_run(source):
+            experiment = load_config(source, whole_paths=False)
+            step, model = restore(source, experiment.model, mesh, step)
+        else:
+            step, model = 0, pretrained.load(source, mesh)
+            experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
+        keep_files(source, folder)
+        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints.save(step, model)
+        checkpoints.close()
+        write_config(experiment, folder, "", command)
 
 
 def keep_files(source: pathlib.Path, run: pathlib.Path) -> None:
     """Keeps in a run folder what its model's Hugging Face folder, or the run it starts from, has beside weights."""
     source = source / KEPT if is_run(source) else source
     if (source / "config.json").is_file() and not (run / KEPT).exists():
-        temporary = run / (KEPT + ".partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        shutil.copy(source / "config.json", temporary)
-        copy_side_files(source, temporary)
-        temporary.replace(run / KEPT)
+        with new_folder(run / KEPT) as folder:
+            shutil.copy(source / "config.json", folder)
+            copy_side_files(source, folder)
 
 
 def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, step: int | None = None) -> None:
@@ -152,26 +180,31 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
     Raises:
       UserError: transformers has no such model, the source cannot be read, or the target is not new.
     """
-    require_new(target)
     experiment = load_config(source)
-    model = restore(source, experiment.model, mesh, step)
-    like = source / KEPT if (source / KEPT).is_dir() else None
-    pretrained.save(model, target, like=like, length=experiment.train_length, dtype=dtype)
-    file = pathlib.Path(experiment.data.tokenizer)
-    if like is None and file.is_file():
-        shutil.copy(file, target / "tokenizer.json")
-
-
-def require_new(target: pathlib.Path) -> None:
-    """Raises UserError unless the path is free, or an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; choose a new folder")
+    # The files it came with, unless it was trained with another tokenizer since.
+    like = _kept(source, experiment) or (source / KEPT if _own_tokenizer(experiment) is None else None)
+    with new_folder(target) as folder:
+        model = restore(source, experiment.model, mesh, step)[1]
+        pretrained.save(model, folder, like=like, length=experiment.train_length, dtype=dtype)
+        named = pathlib.Path(experiment.data.tokenizer)
+        if like is None and named.is_dir():
+            copy_side_files(named, folder)
+        elif like is None and named.is_file():
+            shutil.copy(named, folder / "tokenizer.json")
 
 
 def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
-    """A prompt as the model expects it: int32 ids with what stands before a text."""
+    """A prompt as the model expects it: int32 ids with what stands before a text.
+
+    Raises:
+      UserError: there is no tokenizer, or nothing to read.
+    """
     if loaded.tokenizer is None:
         raise UserError("this model's folder has no tokenizer.json, so it cannot read text")
     if loaded.start is None:
-        return np.array(loaded.tokenizer.library.encode(text).ids, np.int32)
-    return np.concatenate([np.array(loaded.start, np.int32), loaded.tokenizer.encode(text)])
+        ids = np.array(loaded.tokenizer.library.encode(text).ids, np.int32)
+    else:
+        ids = np.concatenate([np.array(loaded.start, np.int32), loaded.tokenizer.encode(text)])
+    if not len(ids):
+        raise UserError("a prompt is empty, and this model's tokenizer writes nothing before a text")
+    return ids
