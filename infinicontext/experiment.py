@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 
+from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import Evaluation
@@ -19,7 +20,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    data: CorpusData | PasskeyData
+    data: CorpusData | PasskeyData | InstructionData
     objective: NextToken = NextToken()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -60,7 +61,7 @@ class Experiment:
     @property
     def train_length(self) -> int:
         """Tokens of a training row, at the end of a curriculum."""
-        return self.data.length if isinstance(self.data, CorpusData) else max(self.data.lengths)
+        return max(self.data.lengths) if isinstance(self.data, PasskeyData) else self.data.length
 
 
 def to_plain(config) -> dict:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infinicontext.data.instructions import TEMPLATES, InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import Evaluation
@@ -56,6 +57,7 @@ optimizers = st.builds(
     groups=st.lists(st.builds(ParameterGroup, st.text(max_size=5), numbers, numbers), max_size=3).map(tuple),
 )
 corpora = st.builds(CorpusData, source=st.text(max_size=20), length=st.integers(1, 10**9))
+instructions = st.builds(InstructionData, source=st.text(max_size=20), template=st.sampled_from(list(TEMPLATES)))
 passkeys = st.lists(st.integers(1, 10**7), min_size=1, max_size=4).flatmap(
     lambda lengths: st.builds(
         PasskeyData,
@@ -74,7 +76,7 @@ experiments = st.builds(
     Experiment,
     name=st.text(max_size=20),
     model=configs,
-    data=st.one_of(corpora, passkeys),
+    data=st.one_of(corpora, passkeys, instructions),
     objective=st.builds(NextToken, chunk=st.integers(1, 10**6), context_weight=numbers),
     optimizer=optimizers,
     mesh=st.builds(MeshConfig, data=st.sampled_from([-1, 1, 8]), tensor=st.integers(1, 8)),

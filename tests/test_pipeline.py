@@ -8,26 +8,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData, train_batches, validation_batches
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 
-KINDS = ("shuffled", "sequential", "passkey")
+KINDS = ("shuffled", "sequential", "passkey", "instructions")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Sixty documents of random letters, 20 to 400 bytes long."""
+    """Sixty documents of random letters, 20 to 400 bytes long, and as many conversations."""
     rng = np.random.default_rng(0)
     texts = ["".join(chr(letter) for letter in rng.integers(97, 123, rng.integers(20, 400))) for _ in range(60)]
     path = tmp_path_factory.mktemp("corpus") / "letters.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = ({"text": text, "prompt": text[:5], "response": text[5:30]} for text in texts)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
 
 def make(kind, source):
     if kind == "passkey":
         return PasskeyData(lengths=(150, 300), stage_steps=(3,))
+    if kind == "instructions":
+        return InstructionData(source, length=64, validation_fraction=0.2)
     return CorpusData(source, length=64, order=kind, validation_fraction=0.2)
 
 

@@ -74,6 +74,16 @@ def test_vocabulary_with_gaps_holds_every_id():
     assert tokenizer.start_id is None
 
 
+def test_the_token_that_ends_a_text():
+    end = lambda *words: JsonTokenizer(whitespace_tokenizer("<unk>", *words)).end_id
+    assert end("<s>", "</s>") == 2
+    assert end("<|begin_of_text|>", "<|end_of_text|>") == 2
+    assert end("<|endoftext|>") == 1
+    assert end("<s>") == 1
+    assert end("a") is None
+    assert ByteTokenizer().end_id == 256
+
+
 def test_passkey_tokenizer_knows_its_task():
     tokenizer = load_tokenizer("passkey")
     assert (

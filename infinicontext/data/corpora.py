@@ -23,6 +23,7 @@ from infinicontext.errors import UserError
 TEXT_KINDS = (".txt", ".md", ".rst", ".py")
 KINDS = (*TEXT_KINDS, ".jsonl", ".parquet")
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
+Split = Literal["train", "validation"]
 TEXTS_PER_CALL = 256  # bounds the memory of the tokenizer's own results
 
 
@@ -57,7 +58,12 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(source: str, tokenizer: Tokenizer, split: Literal["train", "validation"], validation_fraction: float = 0.05) -> Corpus:
+def split_of(text: str, validation_fraction: float) -> Split:
+    """The split that a text belongs to, by its hash."""
+    return "validation" if int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 < validation_fraction else "train"
+
+
+def load_corpus(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float = 0.05) -> Corpus:
     """Reads one split of a source and encodes it; each document begins with the tokenizer's start token if it has one.
 
     A document's side is decided by the hash of its text alone, so it depends neither on order nor on file names, identical texts
@@ -68,12 +74,10 @@ def load_corpus(source: str, tokenizer: Tokenizer, split: Literal["train", "vali
     """
     names, texts, sizes = [], [], []
     for name, text in documents(source):
-        utf8 = text.encode()
-        in_validation = int(hashlib.sha256(utf8).hexdigest()[:8], 16) / 2**32 < validation_fraction
-        if in_validation == (split == "validation"):
+        if split_of(text, validation_fraction) == split:
             names.append(name)
             texts.append(text)
-            sizes.append(len(utf8))
+            sizes.append(len(text.encode()))
     if not texts:
         raise UserError(
             f'data.source "{source}" has no document in its {split} split with data.validation_fraction {validation_fraction}; '
@@ -111,7 +115,8 @@ def documents(source: str) -> Iterator[tuple[str, str]]:
     elif source.startswith("hf:"):
         found = _huggingface(source)
     else:
-        found = _local(source)
+        files = local_files(source, KINDS, '"python", a file, a folder, a glob or "hf:NAME"')
+        found = (document for path, name in files for document in _read(path, name))
     empty = True
     for name, text in found:
         if text:
@@ -145,23 +150,24 @@ def _huggingface(source: str) -> Iterator[tuple[str, str]]:
         yield f"{name}:{number}", _checked(text, f"{source}, row {number}")
 
 
-def _local(source: str) -> Iterator[tuple[str, str]]:
+def local_files(source: str, kinds: tuple[str, ...], allowed: str) -> Iterator[tuple[Path, str]]:
+    """The files of these kinds that a path, a folder or a glob names, with the name of each, in an order that is always the same.
+
+    Raises:
+      UserError: nothing there, or a single file of another kind. The message ends with what is `allowed`.
+    """
     path = os.path.expanduser(source)
     if os.path.isfile(path):
-        if Path(path).suffix.lower() not in KINDS:
-            raise UserError(f'data.source is "{source}"; a file must be one of {", ".join(KINDS)}')
-        yield from _read(Path(path), Path(path).name)
+        if Path(path).suffix.lower() not in kinds:
+            raise UserError(f'data.source is "{source}"; a file must be one of {", ".join(kinds)}')
+        found = [(Path(path), Path(path).name)]
     elif os.path.isdir(path):
-        for name in _files_below(path):
-            yield from _read(Path(path, name), name)
+        found = [(Path(path, name), name) for name in _files_below(path)]
     elif glob.has_magic(path):
-        for match in sorted(glob.glob(path, recursive=True)):
-            if os.path.isfile(match):
-                yield from _read(Path(match), Path(match).as_posix())
+        found = [(Path(match), Path(match).as_posix()) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
     else:
-        raise UserError(
-            f'data.source is "{source}", where there is no file or folder; it must be "python", a file, a folder, a glob or "hf:NAME"'
-        )
+        raise UserError(f'data.source is "{source}", where there is no file or folder; it must be {allowed}')
+    yield from ((path, name) for path, name in found if path.suffix.lower() in kinds)
 
 
 def _files_below(folder: str) -> list[str]:
@@ -178,16 +184,15 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The documents of one file; none if it is not of a kind we read."""
+    """The documents of one file."""
     kind = path.suffix.lower()
     if kind in TEXT_KINDS:
         yield name, _read_text(path)
     elif kind == ".jsonl":
-        # Not splitlines(), which would also split at line separators inside a JSON string.
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if line.strip():
-                yield f"{name}:{number}", _json_text(line, f'"{path}", line {number}')
-    elif kind == ".parquet":
+        for number, record in json_lines(path):
+            text = record.get("text") if isinstance(record, dict) else None
+            yield f"{name}:{number}", _checked(text, f'"{path}", line {number}')
+    else:
         yield from _read_parquet(path, name)
 
 
@@ -201,12 +206,19 @@ def _read_text(path: Path) -> str:
         raise UserError(f'data.source: "{path}" is not UTF-8 text (at byte {error.start})') from error
 
 
-def _json_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"data.source: {where} is not valid JSON: {error}") from error
-    return _checked(record.get("text") if isinstance(record, dict) else None, where)
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """The values in a .jsonl file with their line numbers, from 1; empty lines are passed over.
+
+    Raises:
+      UserError: the file cannot be read, or a line is not JSON.
+    """
+    # Not splitlines(), which would also split at line separators inside a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(f'data.source: "{path}", line {number} is not valid JSON: {error}') from error
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, str]]:

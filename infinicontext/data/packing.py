@@ -1,11 +1,15 @@
-"""Documents packed end to end into rows of one length, with segment ids that keep them apart.
+"""Documents packed into rows of one length, end to end or each whole in one row, with segment ids that keep them apart.
 
 Shape letters: S = T + 1 tokens of a row, whose first T are the inputs and last T the targets; N documents.
 """
 
+import bisect
+from collections.abc import Iterable
+
 import numpy as np
 
 from infinicontext.data.corpora import Corpus
+from infinicontext.data.instructions import Conversations
 
 
 class PackedRows:
@@ -59,6 +63,80 @@ class PackedRows:
             "loss_mask": ((segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)).astype(np.float32),
             "answer_mask": np.zeros(self.length, np.float32),
         }
+
+
+class WholeRows:
+    """Random access to rows of conversations, none of which is split: an answer is always learnt from its whole prompt."""
+
+    def __init__(self, conversations: Conversations, length: int, seed: int):
+        """Packs conversations of at most length + 1 tokens, taken in an order shuffled by `seed`, into rows of `length` inputs."""
+        self.conversations = conversations
+        self.length = length
+        lengths_N = np.diff(conversations.starts)
+        order_N = np.random.default_rng(seed).permutation(len(lengths_N))
+        self.rows = [order_N[row] for row in best_fit(lengths_N[order_N].tolist(), length + 1)]
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Row i.
+
+        Returns:
+          tokens: int32 [S]; 0 where padding, which ends a row.
+          segment_ids: int32 [S], the conversations of the row numbered from 1; 0 means padding.
+          loss_mask: float32 [T], 1 where the target (token t + 1) continues the conversation of token t.
+          answer_mask: float32 [T], 1 where it is also a token that the assistant says.
+
+        Raises:
+          IndexError: there is no such row.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        tokens_S, segment_S = np.zeros((2, self.length + 1), np.int32)
+        answers_S = np.zeros(self.length + 1, bool)
+        end = 0
+        for segment, conversation in enumerate(self.rows[i], start=1):
+            begin, stop = self.conversations.starts[conversation : conversation + 2]
+            place = slice(end, end := end + stop - begin)
+            tokens_S[place] = self.conversations.tokens[begin:stop]
+            answers_S[place] = self.conversations.answers[begin:stop]
+            segment_S[place] = segment
+        loss_mask_T = (segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)
+        return {
+            "tokens": tokens_S,
+            "segment_ids": segment_S,
+            "loss_mask": loss_mask_T.astype(np.float32),
+            "answer_mask": (loss_mask_T & answers_S[1:]).astype(np.float32),
+        }
+
+
+def best_fit(lengths: Iterable[int], room: int) -> list[list[int]]:
+    """Which items stand in which row: each in its turn in the row with the least room that holds it, or in a new one.
+
+    Args:
+      lengths: 1 to `room` each.
+      room: of a row.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # rows that are not full
+    rooms: list[int] = []  # the keys, sorted
+    for item, length in enumerate(lengths):
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            row, left = len(rows), room - length
+            rows.append([])
+        else:
+            row, left = by_room[rooms[at]].pop(), rooms[at] - length
+            if not by_room[rooms[at]]:
+                del by_room[rooms.pop(at)]
+        rows[row].append(item)
+        if left:
+            if left not in by_room:
+                bisect.insort(rooms, left)
+            by_room.setdefault(left, []).append(row)
+    return rows
 
 
 def sequential_index(step: int, row: int, batch_size: int, rows: int) -> int:

@@ -18,8 +18,9 @@ from typing import Literal, get_args
 import grain
 import numpy as np
 
-from infinicontext.data.corpora import documents, load_corpus
-from infinicontext.data.packing import PackedRows, sequential_index
+from infinicontext.data.corpora import Split, documents, load_corpus
+from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
+from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
@@ -95,22 +96,29 @@ class PasskeyData:
         return max(multiple, rows // multiple * multiple)
 
 
-def fingerprint(data: CorpusData | PasskeyData) -> str:
+Data = CorpusData | PasskeyData | InstructionData
+
+
+def fingerprint(data: Data) -> str:
     """SHA-256 (hex) of everything outside the config that batches depend on: the documents' names and texts, and the tokenizer.
 
     Raises:
       UserError: the tokenizer or the source is not usable.
     """
     digest = hashlib.sha256(load_tokenizer(data.tokenizer).fingerprint().encode())
+    texts: Iterable[tuple[str, str]] = ()
     if isinstance(data, CorpusData):
-        for name, text in documents(data.source):
-            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode(errors="replace")).digest())
+        texts = documents(data.source)
+    elif isinstance(data, InstructionData):
+        texts = ((name, as_text(messages)) for name, messages in conversations(data.source))
+    for name, text in texts:
+        digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode(errors="replace")).digest())
     return digest.hexdigest()
 
 
-def tokens_read(data: CorpusData | PasskeyData, batch_size: int, steps: int, divisor: int = 1) -> int:
+def tokens_read(data: Data, batch_size: int, steps: int, divisor: int = 1) -> int:
     """Tokens (inputs) of all global batches of the first `steps` steps."""
-    if isinstance(data, CorpusData):
+    if not isinstance(data, PasskeyData):
         return steps * batch_size * data.length
     starts = list(itertools.accumulate(data.stage_steps, initial=0))
     return sum(
@@ -120,7 +128,7 @@ def tokens_read(data: CorpusData | PasskeyData, batch_size: int, steps: int, div
 
 
 def train_batches(
-    data: CorpusData | PasskeyData,
+    data: Data,
     batch_size: int,
     *,
     seed: int,
@@ -134,7 +142,7 @@ def train_batches(
     Args:
       data: what to read.
       batch_size: rows of the global batch (of the first stage of a curriculum).
-      seed: 0 to 2^32 - 1, decides the order of a corpus and the keys and depths of the passkey task.
+      seed: 0 to 2^32 - 1, decides the order of documents and the keys and depths of the passkey task.
       step: where to begin; a run that starts anew begins at 0.
       process_index: this process among `process_count`; rows are dealt out in turn.
       process_count: how many processes read the same data.
@@ -159,31 +167,30 @@ def train_batches(
             return _passkey_rows(data, tokenizer, data.length_at(step), rows, (TRAINING, seed, step))
 
         batches = grain.MapDataset.range(STEPS).map(passkey_batch)
+    elif isinstance(data, CorpusData) and data.order == "sequential":
+        packed = _packed(data, tokenizer, "train", None)
+
+        def sequential_batch(step: int) -> Batch:
+            rows = range(process_index, batch_size, process_count)
+            return _stack(packed[sequential_index(step, row, batch_size, len(packed))] for row in rows)
+
+        batches = grain.MapDataset.range(STEPS).map(sequential_batch)
     else:
-        corpus = load_corpus(data.source, tokenizer, "train", data.validation_fraction)
-        if data.order == "sequential":
-            packed = PackedRows(corpus, data.length)
-
-            def sequential_batch(step: int) -> Batch:
-                rows = range(process_index, batch_size, process_count)
-                return _stack(packed[sequential_index(step, row, batch_size, len(packed))] for row in rows)
-
-            batches = grain.MapDataset.range(STEPS).map(sequential_batch)
-        else:
-            packed = PackedRows(corpus, data.length, seed)
-            # Not repeat() without a number: the length it claims overflows in batches of one row.
-            rows = grain.MapDataset.source(packed).seed(seed).shuffle().repeat(-(-STEPS // len(packed)))
-            batches = rows[process_index::process_count].batch(batch_size // process_count)
+        packed = _packed(data, tokenizer, "train", seed)
+        # Not repeat() without a number: the length it claims overflows in batches of one row.
+        rows = grain.MapDataset.source(packed).seed(seed).shuffle().repeat(-(-STEPS // len(packed)))
+        batches = rows[process_index::process_count].batch(batch_size // process_count)
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
     grain.experimental.set_next_index(iterator, step)
     return iterator
 
 
-def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: int, seed: int, divisor: int = 1) -> list[Batch]:
+def validation_batches(data: Data, batch_size: int, count: int, seed: int, divisor: int = 1) -> list[Batch]:
     """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
 
-    A corpus gives rows of its validation split, with its documents shuffled by `seed`; if there are too few, fewer batches, the
-    last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training has there.
+    A corpus and conversations give rows of their validation split, with its documents shuffled by `seed`; if there are too few, fewer
+    batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training
+    has there.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -193,12 +200,19 @@ def validation_batches(data: CorpusData | PasskeyData, batch_size: int, count: i
         _check_lengths(data, tokenizer)
         rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
         return [_passkey_rows(data, tokenizer, data.lengths[-1], rows, (VALIDATION, seed, i)) for i in range(count)]
-    packed = PackedRows(load_corpus(data.source, tokenizer, "validation", data.validation_fraction), data.length, seed)
+    packed = _packed(data, tokenizer, "validation", seed)
     padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
     count = min(count, -(-len(packed) // batch_size))
     return [
         _stack(packed[row] if row < len(packed) else padding for row in range(i * batch_size, (i + 1) * batch_size)) for i in range(count)
     ]
+
+
+def _packed(data: CorpusData | InstructionData, tokenizer: Tokenizer, split: Split, seed: int | None) -> PackedRows | WholeRows:
+    """The rows of one split, with its documents in the order of `seed`."""
+    if isinstance(data, InstructionData):
+        return WholeRows(load_conversations(data, tokenizer, split), data.length, seed)
+    return PackedRows(load_corpus(data.source, tokenizer, split, data.validation_fraction), data.length, seed)
 
 
 def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:

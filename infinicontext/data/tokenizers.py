@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from infinicontext.errors import UserError
 
 START_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 
 
 class Tokenizer(Protocol):
@@ -25,11 +26,13 @@ class Tokenizer(Protocol):
       name: as given by the user, for messages and reports.
       vocab_size: every id is below it.
       start_id: id written before each document; None where the vocabulary has no such token.
+      end_id: id that ends a text; where the vocabulary has none, the start of the next text ends this one.
     """
 
     name: str
     vocab_size: int
     start_id: int | None
+    end_id: int | None
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N]; nothing is added before or after."""
@@ -53,7 +56,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = 257
-    start_id = 256
+    start_id = end_id = 256
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N], one per byte. Lone surrogates, which UTF-8 cannot hold, become "?"."""
@@ -95,8 +98,9 @@ class JsonTokenizer:
         self.library.no_truncation()
         self.library.no_padding()
         self.vocab_size = max(self.library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        found = [self.library.token_to_id(token) for token in START_TOKENS]
-        self.start_id: int | None = next((token_id for token_id in found if token_id is not None), None)
+        first = lambda tokens: next((token_id for token in tokens if (token_id := self.library.token_to_id(token)) is not None), None)
+        self.start_id: int | None = first(START_TOKENS)
+        self.end_id: int | None = first(END_TOKENS + START_TOKENS)
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N]."""

@@ -13,7 +13,7 @@ import numpy as np
 from infinicontext.data.corpora import Corpus
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model, read
-from infinicontext.objectives.next_token import token_losses
+from infinicontext.objectives.next_token import NextToken, counted, token_losses, token_weights, weighted_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,21 @@ def evaluate_perplexity(
         ]
         say(f"perplexity length {length}: {math.exp(nll):.3f} ({nll:.4f} nats), {losses_BL.size / seconds:,.0f} tokens/s")
     return result
+
+
+def answer_perplexity(model: Model, batches: list[dict[str, np.ndarray]]) -> dict:
+    """How well the answers in validation batches are foretold, each from all that stands before it in its conversation.
+
+    Returns:
+      protocol; nll (nats per answer token), perplexity, tokens.
+    """
+    answers = NextToken("answers")
+    loss = jax.jit(lambda model, batch: weighted_loss(answers, model, batch | {"weights": token_weights(answers, batch)}))
+    weights = [counted(answers, batch) for batch in batches]
+    nll = float(np.average([float(loss(model, batch)) for batch in batches], weights=weights))
+    tokens = int(sum(weights))
+    protocol = f"All {tokens} answer tokens of the validation rows are scored, each after reading its conversation up to there."
+    return {"protocol": protocol, "nll": nll, "perplexity": math.exp(nll), "tokens": tokens}
 
 
 def ngram_losses(corpus: Corpus, vocab_size: int, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from infinicontext.errors import UserError
 
-DATA_IDENTITY = ("type", "source", "corpus", "tokenizer")
+DATA_IDENTITY = ("type", "source", "corpus", "tokenizer", "template")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from infinicontext.data.corpora import load_corpus
-from infinicontext.data.pipeline import CorpusData, PasskeyData
+from infinicontext.data.instructions import InstructionData
+from infinicontext.data.pipeline import Data, PasskeyData
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
-from infinicontext.evaluation.perplexity import PerplexityEvaluation, bits_per_byte, evaluate_perplexity, ngram_losses
+from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
 Task = Literal["perplexity", "passkey"]
@@ -48,7 +49,7 @@ def state_grows(model: Model) -> bool:
 def evaluate(
     model: Model,
     evaluation: Evaluation,
-    data: CorpusData | PasskeyData,
+    data: Data,
     *,
     validation: list[dict[str, np.ndarray]],
     validation_nll: float,
@@ -59,7 +60,8 @@ def evaluate(
     Args:
       model: a trained model.
       evaluation: tasks and lengths.
-      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task.
+      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task (of conversations, the answers in
+        `validation`, whatever the lengths).
       validation: the validation batches of training, which the n-gram baselines are scored on too.
       validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.
@@ -71,13 +73,17 @@ def evaluate(
     Raises:
       UserError: a task that does not fit the data.
     """
-    if "perplexity" in evaluation.tasks and not isinstance(data, CorpusData):
+    if "perplexity" in evaluation.tasks and isinstance(data, PasskeyData):
         raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
     tokenizer = load_tokenizer(data.tokenizer)
     lengths = sorted(set(evaluation.lengths))
     limit = evaluation.capacity if state_grows(model) else max(lengths)
     tasks = {}
-    if "perplexity" in evaluation.tasks:
+    if "perplexity" in evaluation.tasks and isinstance(data, InstructionData):
+        names = {"corpus": data.source, "tokenizer": data.tokenizer, "validation_nll": validation_nll}
+        tasks["perplexity"] = names | answer_perplexity(model, validation)
+        say(f"perplexity of answers: {tasks['perplexity']['perplexity']:.3f} ({tasks['perplexity']['nll']:.4f} nats)")
+    elif "perplexity" in evaluation.tasks:
         held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
         train = load_corpus(data.source, tokenizer, "train", data.validation_fraction)
         tasks["perplexity"] = {

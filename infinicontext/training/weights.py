@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinicontext import models, pretrained, sharding
+from infinicontext.data.instructions import InstructionData, start_and_end
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
@@ -60,6 +61,10 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
         model = restore(folder, config, mesh, step)[1]
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
         tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
+        if isinstance(experiment.data, InstructionData):
+            # What the model was tuned to read and to end with, whatever its tokenizer adds and the model before it did.
+            start, end = start_and_end(experiment.data, tokenizer)
+            return Loaded(model, tokenizer, start, (end, *(stop_ids(kept) if kept else ())))
     elif step is not None:
         raise UserError(f"--step is {step}, but {folder} is no run folder and has no checkpoints")
     else:
