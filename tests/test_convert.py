@@ -162,7 +162,7 @@ def test_wrong_input_is_one_sentence(folder, run, tmp_path, capsys):
     old = _written(tmp_path / "old.jsonl", "old results")
     assert "a prompt is empty" in fails(capsys, "generate", "", "--model", folder, "--output", old)
     assert old.read_text() == "old results"
-    assert "not enough memory" in fails(capsys, "generate", "a", "--model", folder, "--max-new-tokens", "99999999999")
+    assert "max_new_tokens is 99999999999" in fails(capsys, "generate", "a", "--model", folder, "--max-new-tokens", "99999999999")
 
     before = sorted(path.name for path in run.iterdir())
     assert "exists already" in fails(capsys, "convert", folder, run)

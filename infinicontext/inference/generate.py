@@ -39,8 +39,8 @@ class Generation:
 
     def __post_init__(self):
         for name in ("max_new_tokens", "segment"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+            if not 1 <= getattr(self, name) <= 10**9:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from 1 to 1,000,000,000")
         if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number from 1e-6")
         if self.top_k is not None and self.top_k < 1:
