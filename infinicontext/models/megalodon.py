@@ -10,8 +10,7 @@ rotary positions count from the start of a document. The equations are those of 
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -25,6 +24,7 @@ from infinicontext.nn.attention import Cache, Slots
 from infinicontext.nn.cema import CEMA, CemaState, cema_tables
 from infinicontext.nn.cursor import Cursor, Place
 from infinicontext.nn.embedding import Embedding
+from infinicontext.nn.norms import ZeroCentredLayerNorm, ZeroCentredRMSNorm, rms_normalised
 from infinicontext.nn.parameters import at_least_float32, constant, normal, stack, truncated_normal, use
 from infinicontext.nn.rope import RopeConfig, RopeTable, apply_rope, fixed_point, rope_cos_sin, rope_table
 from infinicontext.nn.timestep_norm import TimestepNorm, TimestepNormState
@@ -114,20 +114,26 @@ class MegalodonConfig:
         tiny = MegalodonConfig(
             vocab_size=17, dim=12, layers=2, heads=2, z_dim=8, value_dim=20, feed_forward=14, cema_order=3, chunk=5, norm_groups=3
         )
-        other = dataclasses.replace(
-            tiny, heads=1, z_dim=6, chunk=8, norm_groups=4, norm_affine=False, rope_base=1e5, swiglu=False, rescale_feed_forward=True
-        )
         return {
             "swiglu": dataclasses.replace(tiny, dropout=0.1, hidden_dropout=0.2, attention_dropout=0.3),
-            "silu": dataclasses.replace(other, scale_embeddings=True, tied_embeddings=True, init_mode="xavier", cema_block=4, remat=False),
-            "prior": dataclasses.replace(
+            "silu": dataclasses.replace(
                 tiny,
+                heads=1,
+                z_dim=6,
+                chunk=8,
                 norm_groups=12,
+                norm_affine=False,
                 prior_count=2,
-                rope_frequencies=(1.0, 0.1),
-                init_mode="bert",
+                rope_frequencies=(1.0, 0.1, 0.02),
+                swiglu=False,
+                rescale_feed_forward=True,
+                scale_embeddings=True,
+                tied_embeddings=True,
+                init_mode="xavier",
                 attention_dropout=0.3,
                 attention_dropout_mode="dropkey",
+                cema_block=4,
+                remat=False,
             ),
         }
 
@@ -193,10 +199,6 @@ def _dense(config: MegalodonConfig, key: jax.Array, shape: tuple[int, ...], axes
             return constant(0, shape, axes)
 
 
-def _rms_normalised(x: jax.Array, epsilon: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-
-
 def _dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
     """Dropout number `number` of those that share a key; none without a key."""
     if key is None or rate == 0:
@@ -215,6 +217,7 @@ class Block(nnx.Module):
         dense = lambda *shape_and_axes, inputs=1: _dense(config, rngs(), *shape_and_axes, inputs=inputs)
         self.norm = TimestepNorm(D, config.norm_groups, config.prior_count, config.norm_epsilon)
         self.cema = CEMA(D, config.cema_order, rngs)
+        self.cema_norm = ZeroCentredRMSNorm(D, epsilon=config.norm_epsilon, affine=config.norm_affine)
         self.z = dense((D, H, K), ("embed", "heads", None))
         self.z_bias = constant(0, (H, K), ("heads", None))
         self.value = dense((D, H, U), ("embed", "heads", None))
@@ -226,14 +229,11 @@ class Block(nnx.Module):
         self.output = dense((H, U, D), ("heads", None, "embed"), inputs=2)
         self.gamma = constant(0, (2, H, K), (None, "heads", None))
         self.beta = constant(0, (2, H, K), (None, "heads", None))
+        self.feed_forward_norm = ZeroCentredLayerNorm(D, epsilon=config.norm_epsilon, affine=config.norm_affine)
         self.feed_forward_in = dense((D, F), ("embed", "mlp"))
         self.feed_forward_gated = dense((D, F), ("embed", "mlp")) if config.swiglu else None
         self.feed_forward_out = dense((F, D), ("mlp", "embed"))
         self.rescale = constant(0.1, (D,), ("embed",)) if config.rescale_feed_forward else None
-        if config.norm_affine:
-            self.cema_norm_weight = constant(0, (D,), ("embed",))
-            self.feed_forward_norm_weight = constant(0, (D,), ("embed",))
-            self.feed_forward_norm_bias = constant(0, (D,), ("embed",))
 
     def __call__(self, x_BTD: jax.Array, state: LayerState, tables, call: _Call, key: jax.Array | None) -> tuple[jax.Array, LayerState]:
         """x_BTD, the layer's state before the call, its CEMA tables -> x_BTD, its state; the cache is the M slots that change."""
@@ -243,7 +243,7 @@ class Block(nnx.Module):
 
         normed_BTD, norm = self.norm(x_BTD, state.norm, call.starts_BT, call.valid_BT)
         average_BTD, cema = self.cema(normed_BTD, state.cema, call.starts_BT, call.length_B, tables=tables)
-        m_BTD = _dropped(self._cema_norm(average_BTD), config.hidden_dropout, key, 0)
+        m_BTD = _dropped(self.cema_norm(average_BTD), config.hidden_dropout, key, 0)
 
         z_BTHK = biased(project(m_BTD, self.z), self.z_bias)
         v_BTHU = jax.nn.silu(biased(project(normed_BTD, self.value), self.value_bias))
@@ -258,28 +258,13 @@ class Block(nnx.Module):
         y_BTD = x_BTD + _dropped(h_BTD, config.dropout, key, 3)
 
         # The residual of the second half is the block's input, not y.
-        out_BTD = constrain(x_BTD + self._feed_forward(self._feed_forward_norm(y_BTD), key), ("batch", "context", None))
+        out_BTD = constrain(x_BTD + self._feed_forward(self.feed_forward_norm(y_BTD), key), ("batch", "context", None))
         stays = lambda new_BT: jnp.take_along_axis(new_BT, call.stays_BM[..., None, None], axis=1)
         return out_BTD, LayerState(norm, cema, Cache(stays(k_BTHK), stays(v_BTHU)))
 
-    def _cema_norm(self, x_BTD: jax.Array) -> jax.Array:
-        wide_BTD = _rms_normalised(x_BTD.astype(at_least_float32(x_BTD.dtype)), self.config.norm_epsilon)
-        if self.config.norm_affine:
-            wide_BTD *= (use(self.cema_norm_weight, wide_BTD.dtype) + 1)[None, None]
-        return wide_BTD.astype(x_BTD.dtype)
-
-    def _feed_forward_norm(self, x_BTD: jax.Array) -> jax.Array:
-        wide_BTD = x_BTD.astype(at_least_float32(x_BTD.dtype))
-        wide_BTD -= jnp.mean(wide_BTD, axis=-1, keepdims=True)
-        wide_BTD = _rms_normalised(wide_BTD, self.config.norm_epsilon)
-        if self.config.norm_affine:
-            weight_D, bias_D = use(self.feed_forward_norm_weight, wide_BTD.dtype), use(self.feed_forward_norm_bias, wide_BTD.dtype)
-            wide_BTD = wide_BTD * (weight_D + 1)[None, None] + bias_D[None, None]
-        return wide_BTD.astype(x_BTD.dtype)
-
     def _queries_and_keys(self, z_BTHK: jax.Array, rotation) -> tuple[jax.Array, jax.Array]:
         """Two affine images of the normalised z, rotated. Both are divided by sqrt(K), so that they start as unit vectors."""
-        wide_BTHK = _rms_normalised(z_BTHK.astype(at_least_float32(z_BTHK.dtype)), self.config.norm_epsilon)
+        wide_BTHK = rms_normalised(z_BTHK.astype(at_least_float32(z_BTHK.dtype)), self.config.norm_epsilon)
         gamma_2HK, beta_2HK = use(self.gamma, wide_BTHK.dtype), use(self.beta, wide_BTHK.dtype)
         scale_2HK = (gamma_2HK + 1) * z_BTHK.shape[-1] ** -0.5
         images = (wide_BTHK * scale_2HK[i][None, None] + beta_2HK[i][None, None] for i in range(2))
@@ -421,5 +406,3 @@ class Megalodon(nnx.Module):
         """The same as `hidden`, with the head: logits_BTV in float32 or wider, and the state."""
         hidden_BTD, state = self.hidden(tokens_BT, state, segment_ids_BT)
         return self.logits(hidden_BTD), state
-
-

@@ -36,7 +36,7 @@ class Cache(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Dropout of attention weights: `dropkey` hides keys before the softmax (Li et al. 2023), `post_softmax` zeroes and rescales weights."""
+    """Of attention weights: `dropkey` hides keys before the softmax (Li et al. 2023), `post_softmax` zeroes and rescales weights."""
 
     key: jax.Array
     rate: float
@@ -137,8 +137,8 @@ def attend_one(
 ) -> jax.Array:
     """One token's attention over a cache that does not hold its own key yet, and over itself: decoding.
 
-    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is laid
-    out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
+    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is
+    laid out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
 
     Args:
       q_B1HK: rotated query.
@@ -153,8 +153,8 @@ def attend_one(
     """
     (B, _, H, K), G = q_B1HK.shape, k_B1GK.shape[2]
     wide = at_least_float32(q_B1HK.dtype)
-    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide)
-    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1) * jnp.asarray(K**-0.5 if scale is None else scale, wide)
+    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide) * jnp.asarray(K**-0.5 if scale is None else scale, wide)
+    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1)
     old_BSGR = jnp.where(seen_B1S[:, 0, :, None, None], score(cache.k_BSGK), jnp.finfo(wide).min)
     weight_BSGR = jax.nn.softmax(jnp.concatenate([old_BSGR, score(k_B1GK)], axis=1), axis=1)
     read = lambda weight_BSGR, v_BSGK: jnp.sum(weight_BSGR[..., None] * v_BSGK[:, :, :, None].astype(wide), axis=1)

@@ -290,11 +290,8 @@ def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array, *, nei
     R = cos_BTR.shape[-1]
     chex.assert_axis_dimension_gteq(x_BTHK, 3, 2 * R)
     cos_BT1R, sin_BT1R = (part[..., None, :] if part.ndim == 3 else part[None, :, None] for part in (cos_BTR, sin_BTR))
-    if neighbours:
-        halves = (x_BTHK[..., start : 2 * R : 2] for start in (0, 1))
-    else:
-        halves = (x_BTHK[..., start : start + R] for start in (0, R))
-    first_BTHR, second_BTHR = (half_BTHR.astype(cos_BTR.dtype) for half_BTHR in halves)
+    starts, step = ((0, 1), 2) if neighbours else ((0, R), 1)
+    first_BTHR, second_BTHR = (x_BTHK[..., start : start + R * step : step].astype(cos_BTR.dtype) for start in starts)
     turned = (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R)
     turned = [half_BTHR.astype(x_BTHK.dtype) for half_BTHR in turned]
     if neighbours:
