@@ -1,30 +1,32 @@
-"""The command line: train, eval, sweep, compare, info.
+"""The command line: train, eval, sweep, compare, generate, convert, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
 
 import argparse
 import contextlib
-import difflib
-import importlib.util
-import inspect
-import io
+import dataclasses
+import json
 import pathlib
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
-import tyro
 
 from infinicontext import models, sharding
 from infinicontext.data.pipeline import PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import state_grows
 from infinicontext.experiment import Experiment, differences
+from infinicontext.experiment_file import load, one_experiment, override
+from infinicontext.inference.generate import Generation, RopePolicy, stream
+from infinicontext.inference.text import TextStream, follow
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
+from infinicontext.training import weights
 from infinicontext.training.evaluate import evaluate_run, is_evaluated
 from infinicontext.training.loop import check, describe_step, enable_compilation_cache, train
 from infinicontext.training.run_folder import load_config, versions
@@ -96,6 +98,35 @@ def make_parser() -> Parser:
     command.add_argument("folders", type=pathlib.Path, nargs="+", help="run folders")
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
 
+    text = "Continue prompts with a model: a run folder or a Hugging Face folder. One prompt is streamed; several give a line of JSON each."
+    command = add("generate", run_generate, text)
+    defaults = Generation()
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: the standard input, as one prompt")
+    command.add_argument("--model", type=pathlib.Path, required=True, help="a run folder or a Hugging Face folder")
+    command.add_argument(
+        "--prompts-file", type=pathlib.Path, help="a .jsonl file with a field prompt, or a text file with a prompt per line"
+    )
+    command.add_argument("--output", type=pathlib.Path, help="a .jsonl file: prompt, completion, tokens, finish (stop or length)")
+    command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
+    command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    command.add_argument("--top-p", type=float, default=defaults.top_p, help="draw from the likeliest tokens that reach this probability")
+    command.add_argument("--seed", type=int, default=defaults.seed)
+    command.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion; not part of it")
+    command.add_argument("--rope-policy", choices=get_args(RopePolicy), default="planned", help="LongRoPE: which factors a prompt turns by")
+    command.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
+    command.add_argument("--segment", type=int, default=defaults.segment, help="prompt tokens per call")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
+    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+    text = "Convert a Hugging Face folder to a run folder, or a run's model to a Hugging Face folder."
+    command = add("convert", run_convert, text)
+    command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
+    command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
+    command.add_argument("--to", choices=("run", "huggingface"), help="default: the other kind")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
+    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
     command = add("info", run_info, f"Devices and versions, and what an experiment needs. {fields}", takes_overrides=True)
     command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION or a run folder")
     return parser
@@ -103,7 +134,7 @@ def make_parser() -> Parser:
 
 def run_train(options: argparse.Namespace) -> None:
     """infinicontext train FILE.py:FUNCTION --workdir RUN [--field value ...]"""
-    experiment = override(one_experiment(options.experiment), options)
+    experiment = override(one_experiment(options.experiment), options.overrides, options.parser)
     workdir = require_workdir(options)
     if options.distributed:
         try:
@@ -120,7 +151,7 @@ def run_eval(options: argparse.Namespace) -> None:
     folder = pathlib.Path(options.folder)
     trained = load_config(folder)
     options.overrides = tasks + lengths + options.overrides
-    experiment = override(trained, options)
+    experiment = override(trained, options.overrides, options.parser)
     if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
         raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
     longest, capacity = max(experiment.evaluation.lengths), experiment.evaluation.capacity
@@ -137,7 +168,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     experiments = load(options.experiment)
     if not isinstance(experiments, list) or not all(isinstance(item, Experiment) for item in experiments):
         raise UserError(f"{options.experiment} does not return a list of experiments; use infinicontext train for a single one")
-    experiments = [override(experiment, options) for experiment in experiments]
+    experiments = [override(experiment, options.overrides, options.parser) for experiment in experiments]
     if not experiments:
         raise UserError(f"{options.experiment} returns an empty list; there is nothing to train")
     workdir = require_workdir(options)
@@ -161,6 +192,82 @@ def run_compare(options: argparse.Namespace) -> None:
     compare(options.folders, options.output)
 
 
+def run_generate(options: argparse.Namespace) -> None:
+    """infinicontext generate PROMPT ... --model FOLDER [--max-new-tokens N] [--temperature T] ..."""
+    prompts = read_prompts(options)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size is {options.batch_size}; it must be 1 or more")
+    if "" in options.stop:
+        raise UserError("--stop has an empty text; each must have one character or more")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "rope_policy", "segment")
+    generation = Generation(**{name: getattr(options, name) for name in names})
+    enable_compilation_cache()
+    mesh = all_on_tensor()
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step)
+        generation = dataclasses.replace(generation, stop=tuple((token,) for token in loaded.stop))
+        ids = [weights.prompt_ids(loaded, prompt) for prompt in prompts]
+        output = sys.stdout
+        if options.output:
+            try:
+                output = closing.enter_context(options.output.open("w", encoding="utf-8"))
+            except OSError as error:
+                raise UserError(f"--output {options.output} cannot be written: {error.strerror}") from error
+        streamed = len(prompts) == 1 and not options.output
+        for at in range(0, len(prompts), options.batch_size):
+            part = ids[at : at + options.batch_size]
+            rows = [TextStream(loaded.tokenizer, prompt, options.stop) for prompt in part]
+            for new in follow(rows, stream(loaded.model, part, generation, first_row=at)):
+                if streamed:
+                    print(new[0], end="", flush=True)
+            if streamed:
+                print()
+                return
+            for prompt, row in zip(prompts[at:], rows):
+                record = {"prompt": prompt, "completion": row.text, "tokens": row.count, "finish": row.finish}
+                print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """What the user asks to be continued."""
+    prompts = list(options.prompts)
+    if options.prompts_file:
+        try:
+            lines = [line for line in options.prompts_file.read_text("utf-8").splitlines() if line.strip()]
+            prompts += [json.loads(line)["prompt"] for line in lines] if options.prompts_file.suffix == ".jsonl" else lines
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--prompts-file {options.prompts_file} cannot be read: {error!r}") from error
+    elif not prompts and not sys.stdin.isatty():
+        prompts = [sys.stdin.read()]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("there is no prompt; give one as an argument, with --prompts-file, or on the standard input")
+    return prompts
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """infinicontext convert SRC DST [--to run|huggingface]"""
+    from_run = weights.is_run(options.source)
+    to = options.to or ("huggingface" if from_run else "run")
+    mesh = all_on_tensor()
+    if from_run and to == "run":
+        raise UserError(f"{options.source} is a run folder already; copy it")
+    if not from_run and to == "huggingface":
+        raise UserError(f"{options.source} is a Hugging Face folder already, or none of both; copy it")
+    if not from_run and (options.dtype or options.step is not None):
+        raise UserError("--dtype and --step go with --to huggingface; a run's parameters are float32")
+    with jax.set_mesh(mesh):
+        if from_run:
+            weights.to_huggingface(options.source, options.target, mesh, dtype=options.dtype, step=options.step)
+        else:
+            weights.to_run(options.source, options.target, mesh, options.line)
+    print(options.target)
+
+
+def all_on_tensor() -> jax.sharding.Mesh:
+    """The mesh for a single stream: all devices share each layer."""
+    return sharding.make_mesh(sharding.MeshConfig(data=1, tensor=jax.device_count()))
+
+
 def run_info(options: argparse.Namespace) -> None:
     """infinicontext info [FILE.py:FUNCTION or RUN] [--field value ...]"""
     print("\n".join(f"{name:17} {version}" for name, version in versions().items()))
@@ -171,16 +278,16 @@ def run_info(options: argparse.Namespace) -> None:
     if options.experiment is None:
         return
     folder = pathlib.Path(options.experiment)
-    experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options)
+    experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options.overrides, options.parser)
     check(experiment)
-    enable_compilation_cache(experiment)
+    enable_compilation_cache(experiment.compilation_cache)
     model = models.abstract(experiment.model)
     print(f"\nexperiment        {experiment.name}\nparameters        {parameter_count(model):,}")
     for length in experiment.evaluation.lengths:
         print(f"state, {length:>9,}  {abstract_state_bytes(model, length):,} bytes per sequence")
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        _, train_step, _, like = make_steps(experiment, mesh)
+        steps = make_steps(experiment, mesh)
         rows, length = experiment.batch_size, experiment.train_length
         if isinstance(experiment.data, PasskeyData):
             rows = experiment.data.rows_at(experiment.steps, rows, sharding.batch_divisor(mesh) * experiment.accumulation)
@@ -191,83 +298,7 @@ def run_info(options: argparse.Namespace) -> None:
             "answer_mask": (length, "float32"),
         }
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
-        print(describe_step(train_step.lower(like, batch).compile(), experiment, model, rows, length))
-
-
-def load(reference: str):
-    """What FILE.py:FUNCTION returns.
-
-    Raises:
-      UserError: no such file or function.
-    """
-    file, separator, name = reference.rpartition(":")
-    if not separator or not file.endswith(".py"):
-        raise UserError(f"experiment {reference} is not of the form FILE.py:FUNCTION")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise UserError(f"experiment {reference}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    functions = [
-        key
-        for key, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"
-    ]
-    if name not in functions:
-        close = difflib.get_close_matches(name, functions, n=1)
-        raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
-    function = getattr(module, name)
-    if inspect.isclass(function) or inspect.signature(function).parameters:
-        raise UserError(f"{reference} takes arguments; an experiment is a function without any")
-    return function()
-
-
-def one_experiment(reference: str) -> Experiment:
-    """The experiment that FILE.py:FUNCTION returns."""
-    experiment = load(reference)
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{reference} does not return one experiment; use infinicontext sweep for a list")
-    return experiment
-
-
-def override(experiment: Experiment, options: argparse.Namespace) -> Experiment:
-    """The experiment with fields changed by the command line.
-
-    Raises:
-      UserError: an unknown field (with the nearest name) or a value of the wrong type.
-    """
-    if "-h" in options.overrides or "--help" in options.overrides:
-        options.parser.print_help()
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[type(experiment)],
-                prog=options.parser.prog,
-                default=experiment,
-                args=options.overrides,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(one_sentence(message.getvalue())) from None
-
-
-def one_sentence(box: str) -> str:
-    """What tyro says in a box of several paragraphs: the first, and of "Perhaps you meant" the first flag."""
-    frame = "│|╭╮╰╯─-+ "
-    paragraphs: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│| ")
-        if text.strip(frame):
-            paragraphs[-1].append(text)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    said = " ".join(paragraphs[0]).removeprefix("Error parsing Experiment: ").rstrip(".")
-    near = next((re.search(r"--\S+", " ".join(lines[1:])) for lines in paragraphs if lines and "you meant" in lines[0]), None)
-    return f"{said}; did you mean {near[0]}?" if near else said
+        print(describe_step(steps.train_step.lower(steps.like, batch).compile(), experiment, model, rows, length))
 
 
 def require_workdir(options: argparse.Namespace) -> pathlib.Path:

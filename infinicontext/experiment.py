@@ -24,6 +24,7 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: Evaluation = Evaluation()
+    start_from: str = ""  # a run folder or a Hugging Face folder whose parameters training begins with; empty: random ones
     steps: int = 1000
     batch_size: int = 16  # rows per step over all devices
     accumulation: int = 1  # microbatches per step; the result is the same, the memory less

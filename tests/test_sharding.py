@@ -56,7 +56,7 @@ def run(mesh, **changes):
     """Losses and gradient norms of three steps, validation loss after them, and the state."""
     experiment = dataclasses.replace(EXPERIMENT, **changes)
     with jax.set_mesh(mesh):
-        init, train_step, validation_loss, _ = make_steps(experiment, mesh)
+        init, _, train_step, validation_loss, _ = make_steps(experiment, mesh)
         state = init(jax.random.key(0))
         where = jax.sharding.NamedSharding(mesh, P(sharding.RULES["batch"]))
         measured = []
@@ -124,7 +124,7 @@ def test_first_state_is_the_same_on_every_mesh():
 
     def first(mesh):
         with jax.set_mesh(mesh):
-            return make_steps(EXPERIMENT, mesh)[0](jax.random.key(3)).model
+            return make_steps(EXPERIMENT, mesh).init(jax.random.key(3)).model
 
     one, other = first(make_mesh(MeshConfig(1, 4, 1, 2))), first(make_mesh(MeshConfig(), jax.devices()[:1]))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):

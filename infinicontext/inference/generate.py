@@ -66,21 +66,18 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], options: Generation
     Raises:
       UserError: as `stream`.
     """
-    rows = [np.concatenate(parts) for parts in zip(*stream(model, prompts, options, burst=options.max_new_tokens))]
-    return [_without_stop(row, options.stop) for row in rows]
-
-
-def _without_stop(tokens: np.ndarray, stop: Sequence[Sequence[int]]) -> Completion:
-    ends = [len(sequence) for sequence in stop if len(tokens) >= len(sequence) and tuple(tokens[-len(sequence) :]) == tuple(sequence)]
-    return Completion(tokens[: len(tokens) - max(ends)], "stop") if ends else Completion(tokens, "length")
+    bursts = zip(*stream(model, prompts, options, burst=options.max_new_tokens))
+    return [Completion(np.concatenate([part.tokens for part in parts]), parts[-1].finish) for parts in bursts]
 
 
 def stream(
-    model: Model, prompts: Sequence[Sequence[int]], options: Generation = Generation(), *, burst: int = 16
-) -> Iterator[list[np.ndarray]]:
-    """Yields each row's new tokens, int32, `burst` steps at a time, until all rows have stopped; a stop sequence is part of them.
+    model: Model, prompts: Sequence[Sequence[int]], options: Generation = Generation(), *, burst: int = 16, first_row: int = 0
+) -> Iterator[list[Completion]]:
+    """Yields what each row gained, `burst` steps at a time, until all rows have stopped.
 
-    The whole of a burst is one compiled loop. Programs are compiled for the number of rows and for lengths rounded up.
+    The whole of a burst is one compiled loop. Programs are compiled for the number of rows and for lengths rounded up. What may become a
+    stop sequence is held back. `first_row` is the number of the first prompt, where a long list is worked off in batches: random numbers
+    go by it.
 
     Raises:
       UserError: no prompts, an empty one, ids outside the vocabulary, a rope_policy that means nothing for this model, or logits that are
@@ -90,44 +87,45 @@ def stream(
     vocab = model.config.vocab_size
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError("there is no prompt, or an empty one; each must have one token or more")
-    if outside := next((int(i) for prompt in prompts for i in (prompt.min(), prompt.max()) if not 0 <= i < vocab), None):
-        raise UserError(f"a prompt holds the token id {outside}; this model's ids are from 0 to {vocab - 1}")
-    longest_stop = max(map(len, options.stop), default=1)
-    stop_JS = np.array([[_ANY] * (longest_stop - len(s)) + list(s) for s in options.stop], np.int32).reshape(-1, longest_stop)
-
+    outside = [int(i) for prompt in prompts for i in (prompt.min(), prompt.max()) if not 0 <= i < vocab]
+    if outside:
+        raise UserError(f"a prompt holds the token id {outside[0]}; this model's ids are from 0 to {vocab - 1}")
+    S, B, total = max(map(len, options.stop), default=1), len(prompts), options.max_new_tokens
+    stop_JS = np.array([[_ANY] * (S - len(ids)) + list(ids) for ids in options.stop], np.int32).reshape(-1, S)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    total = options.max_new_tokens
+    key = jax.random.key(options.seed)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(B, dtype=jnp.int32))
+    sampling = _Sampling(keys_B, jnp.float32(options.temperature), jnp.float32(options.top_p))
+    how = {"greedy": options.temperature == 0, "top_k": options.top_k, "nucleus": options.top_p < 1}
     carry = _Decoding(
-        jnp.int32(0),
-        jnp.asarray([prompt[-1] for prompt in prompts]),
-        None,
-        jnp.zeros(len(prompts), bool),
-        jnp.full((len(prompts), longest_stop + _rounded(total)), _NOTHING, jnp.int32),
-        jnp.bool(True),
+        step=jnp.int32(0),
+        token_B=jnp.asarray([prompt[-1] for prompt in prompts]),
+        state=None,
+        done_B=jnp.zeros(B, bool),
+        out_BN=jnp.full((B, S + _rounded(total)), _NOTHING, jnp.int32),
+        finite=jnp.bool(True),
     )
-    sampling = _Sampling(jax.random.key(options.seed), jnp.float32(options.temperature), jnp.float32(options.top_p))
-    step = 0
+    step, rows, sent_B = 0, [np.zeros(0, np.int32)] * B, np.zeros(B, np.int32)
     for until, planned_B in _phases(model, lengths_B, options):
-        written_BN = np.asarray(carry.out_BN[:, longest_stop : longest_stop + step])
-        read = [np.concatenate([prompt, row[row != _NOTHING]])[:-1] for prompt, row in zip(prompts, written_BN)]
-        state = _read(model, read, int(lengths_B.max()) + total, planned_B, options.segment)
-        carry = carry._replace(state=state)
+        read = [np.concatenate([prompt, row])[:-1] for prompt, row in zip(prompts, rows)]
+        carry = carry._replace(state=_read(model, read, int(lengths_B.max()) + total, planned_B, options.segment))
         while step < until and not np.asarray(carry.done_B).all():
-            carry = _decode(
-                model,
-                carry,
-                jnp.int32(min(step + burst, until)),
-                sampling,
-                stop_JS,
-                options.temperature == 0,
-                options.top_k,
-                options.top_p < 1,
-            )
+            carry = _decode(model, carry, jnp.int32(min(step + burst, until)), sampling, stop_JS, **how)
             if not carry.finite:
                 raise UserError("the model's logits are not finite; its weights are damaged, or were not trained at this dtype")
-            new_BN = np.asarray(carry.out_BN[:, longest_stop + step : longest_stop + int(carry.step)])
-            step = int(carry.step)
-            yield [row[row != _NOTHING] for row in new_BN]
+            step, done_B, out_BN = int(carry.step), np.asarray(carry.done_B), np.asarray(carry.out_BN)
+            rows = [row[S : S + step][row[S : S + step] != _NOTHING] for row in out_BN]
+            last = step == total or done_B.all()
+            ends = [len(row) - (_stop_length(row, options.stop) if done else 0 if last else S - 1) for row, done in zip(rows, done_B)]
+            yield [
+                Completion(row[sent:end], "stop" if done else "length") for row, sent, end, done in zip(rows, sent_B, ends, done_B.tolist())
+            ]
+            sent_B = np.maximum(sent_B, ends)
+
+
+def _stop_length(row: np.ndarray, stop: Sequence[Sequence[int]]) -> int:
+    """Tokens of the longest stop sequence that ends a row."""
+    return max(len(ids) for ids in stop if len(ids) <= len(row) and tuple(row[-len(ids) :]) == tuple(ids))
 
 
 def _phases(model: Model, lengths_B: np.ndarray, options: Generation) -> list[tuple[int, np.ndarray]]:
@@ -188,7 +186,7 @@ class _Decoding(NamedTuple):
 
 
 class _Sampling(NamedTuple):
-    key: jax.Array
+    key_B: jax.Array
     temperature: jax.Array
     top_p: jax.Array
 
@@ -205,7 +203,7 @@ def _decode(
     nucleus: bool,
 ) -> _Decoding:
     """Decodes up to step `until`, or until every row has stopped."""
-    B, S = carry.token_B.shape[0], stop_JS.shape[1]
+    S = stop_JS.shape[1]
 
     def one(carry: _Decoding) -> _Decoding:
         step, token_B, state, done_B, out_BN, finite = carry
@@ -215,10 +213,9 @@ def _decode(
         if greedy:
             token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         else:
-            keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))(jnp.arange(B, dtype=jnp.int32))
-            token_B = jax.vmap(
-                lambda key, logits_V: sample(key, logits_V, sampling.temperature, top_k, sampling.top_p if nucleus else None)
-            )(keys_B, logits_BV)
+            top_p = sampling.top_p if nucleus else None
+            draw = lambda key, logits_V: sample(jax.random.fold_in(key, step), logits_V, sampling.temperature, top_k, top_p)
+            token_B = jax.vmap(draw)(sampling.key_B, logits_BV)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, jnp.where(done_B, _NOTHING, token_B)[:, None], S + step, axis=1)
         recent_B1S = jax.lax.dynamic_slice_in_dim(out_BN, step + 1, S, axis=1)[:, None]
         stopped_B = jnp.any(jnp.all((recent_B1S == stop_JS[None]) | (stop_JS[None] == _ANY), axis=2), axis=1)

@@ -120,7 +120,7 @@ def load(
     Args:
       path: a folder with config.json and model.safetensors, or its shards and their index.
       mesh: where the parameters go; None: the first device.
-      dtype: of parameters and computation; None: float32. bfloat16 halves the memory; to train, start from float32.
+      dtype: of parameters and computation; None: float32 parameters. bfloat16 halves the memory; to train, start from float32.
       config: replaces the folder's, to read the same weights with another window, rotary scheme or remat.
 
     Raises:
@@ -140,7 +140,7 @@ def load(
         placed = sharding.shardings(model, mesh) if mesh else jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model)
         places = _paths(placed)
         arrays = {
-            name: _place(leaf.shape, places[name], _reader(tensors, where[name], leaf.shape, np.dtype(config.dtype)))
+            name: _place(leaf.shape, places[name], _reader(tensors, where[name], leaf.shape, np.dtype(dtype or "float32")))
             for name, leaf in parameters.items()
         }
     pure = nnx.to_pure_dict(state)

@@ -41,13 +41,14 @@ def config_from_huggingface(config: Mapping[str, Any]) -> TransformerConfig:
     if config.get("quantization_config"):
         raise UserError("config.json has a quantization_config; weights must be stored as floating point numbers")
     bias, window = bool(config.get("attention_bias")), _window(config)
+    dim, heads, head_dim = config["hidden_size"], config["num_attention_heads"], config.get("head_dim")
     return TransformerConfig(
         vocab_size=config["vocab_size"],
-        dim=config["hidden_size"],
+        dim=dim,
         layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
+        heads=heads,
         kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim"),
+        head_dim=None if head_dim and head_dim * heads == dim else head_dim,
         feed_forward=config["intermediate_size"],
         attention="full" if window is None else "window",
         window=window or TransformerConfig.window,

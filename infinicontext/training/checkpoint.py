@@ -65,9 +65,9 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
-    def save(self, step: int, model: nnx.Module, rest: Any) -> None:
-        """Starts writing and returns; at most one checkpoint is being written at a time."""
-        items = {"parameters": nnx.to_pure_dict(nnx.state(model)), "rest": _named(rest)}
+    def save(self, step: int, model: nnx.Module, rest: Any = None) -> None:
+        """Starts writing and returns; at most one checkpoint is being written at a time. Without `rest` it cannot be resumed, only used."""
+        items = {"parameters": nnx.to_pure_dict(nnx.state(model))} | ({} if rest is None else {"rest": _named(rest)})
         checksums = {f"{name}_checksums": {"sums": _checksums(tree)} for name, tree in items.items()}
         if jax.default_backend() == "cpu":
             # The writer reads CPU buffers in place, and the next step will overwrite what is donated to it.

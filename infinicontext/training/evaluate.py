@@ -30,17 +30,17 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         output.with_name(output.name + ".tmp").unlink()
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
-    enable_compilation_cache(experiment)
+    enable_compilation_cache(experiment.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        _, _, validation_loss, like = make_steps(experiment, mesh)
+        steps = make_steps(experiment, mesh)
         checkpoints = Checkpoints(folder)
         try:
-            step, model = checkpoints.restore_model(like.model, step)
+            step, model = checkpoints.restore_model(steps.like.model, step)
         finally:
             checkpoints.close()
         batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
-        losses = [float(validation_loss(model, batch)) for batch in batches]
+        losses = [float(steps.validation_loss(model, batch)) for batch in batches]
         result = evaluate(
             model,
             experiment.evaluation,

@@ -25,6 +25,7 @@ from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.metrics import MetricsWriter, Stopwatch, peak_flops
 from infinicontext.training.run_folder import check_run_folder, lock, write_config
 from infinicontext.training.step import TrainState, make_steps
+from infinicontext.training.weights import keep_files, starting_model
 
 # This many skipped updates in a row end a run: the parameters no longer move, so later batches will not help.
 MAX_SKIPPED = 5
@@ -53,10 +54,10 @@ def train(
     check(experiment)
     fingerprint = pipeline.fingerprint(experiment.data)
     check_run_folder(experiment, workdir, fingerprint, allow_config_change)
-    enable_compilation_cache(experiment)
+    enable_compilation_cache(experiment.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
     divisor = sharding.batch_divisor(mesh) * experiment.accumulation
-    init, train_step, validation_loss, like = make_steps(experiment, mesh)
+    steps = make_steps(experiment, mesh)
 
     with jax.set_mesh(mesh), lock(workdir), stop_signals() as stopped, contextlib.ExitStack() as closing:
         # 2. Data: batch s is a function of (seed, s), so the position is the step.
@@ -69,17 +70,21 @@ def train(
         own_rows = slice(jax.process_index(), None, jax.process_count())
         validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
 
-        # 3. State: from the newest checkpoint, or from the seed.
+        # 3. State: from the newest checkpoint, else from the weights to start from, else from the seed.
         checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
         closing.callback(checkpoints.close)
-        restored = checkpoints.restore(like.model, {"step": like.step, "optimizer": like.optimizer})
-        if restored is None:
-            state = init(jax.random.key(experiment.seed))
+        restored = checkpoints.restore(steps.like.model, {"step": steps.like.step, "optimizer": steps.like.optimizer})
+        if restored is None and experiment.start_from:
+            state = steps.begin(starting_model(pathlib.Path(experiment.start_from), experiment.model, mesh))
+        elif restored is None:
+            state = steps.init(jax.random.key(experiment.seed))
         else:
             _, model, rest = restored
             state = TrainState(rest["step"], model, rest["optimizer"])
         start = saved = int(state.step)
         write_config(experiment, workdir, fingerprint, command)
+        if experiment.start_from and jax.process_index() == 0:
+            keep_files(pathlib.Path(experiment.start_from), workdir)
         if start >= experiment.steps:
             return True
         grain.experimental.set_next_index(batches, start)
@@ -115,7 +120,7 @@ def train(
             rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
             if (rows, length) not in compiled:
                 finish_pending()
-                compiled[rows, length] = train_step.lower(state, batch).compile()
+                compiled[rows, length] = steps.train_step.lower(state, batch).compile()
                 say(describe_step(compiled[rows, length], experiment, state.model, rows, length))
                 clock.pause()
             if profile and step == start + 3:
@@ -139,7 +144,7 @@ def train(
             if validate or save:
                 finish_pending()
             if validate:
-                losses = [float(validation_loss(state.model, part)) for part in validation]
+                losses = [float(steps.validation_loss(state.model, part)) for part in validation]
                 metrics.write({"step": step, "validation_loss": float(np.average(losses, weights=weights))})
             # Parameters whose updates are being skipped may be ruined; saving them would push out the last good ones.
             if save and not in_a_row:
@@ -176,10 +181,10 @@ def check(experiment: Experiment) -> None:
         )
 
 
-def enable_compilation_cache(experiment: Experiment) -> None:
-    """Keeps compiled programs on disk, unless JAX was already told where."""
-    if experiment.compilation_cache and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(experiment.compilation_cache))
+def enable_compilation_cache(folder: str = Experiment.compilation_cache) -> None:
+    """Keeps compiled programs on disk, unless the name is empty or JAX was already told where."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
 
 def describe_step(compiled: jax.stages.Compiled, experiment: Experiment, model: nnx.Module, rows: int, length: int) -> str:

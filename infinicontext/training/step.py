@@ -1,5 +1,6 @@
 """One training step, compiled for a mesh. Shape letters: B rows, T tokens read per row, M microbatches."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,21 +26,30 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
-    """The compiled pieces of training on a mesh.
+class Steps(NamedTuple):
+    """The compiled pieces of training on a mesh."""
 
-    Returns:
-      init: key -> TrainState, born sharded.
-      train_step: (TrainState, batch) -> (TrainState, metrics); the state is donated.
-      validation_loss: (model, batch) -> loss, a scalar.
-      like: the TrainState's abstract arrays with their shardings.
+    init: Callable  # key -> TrainState, born sharded
+    begin: Callable  # model -> TrainState of pretrained parameters, which are donated
+    train_step: Callable  # (TrainState, batch) -> (TrainState, metrics); the state is donated
+    validation_loss: Callable  # (model, batch) -> loss, a scalar
+    like: TrainState  # abstract arrays with their shardings
+
+
+def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
+    """The pieces of one experiment's training.
+
+    Raises:
+      UserError: optimizer.groups names a group that no parameter is in.
     """
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     fraction = schedule(experiment.optimizer, experiment.steps)
 
-    def init(key):
-        model = models.build(experiment.model, nnx.Rngs(key))
+    def begin(model):
         return TrainState(jnp.int32(0), model, optimizer.init(model))
+
+    def init(key):
+        return begin(models.build(experiment.model, nnx.Rngs(key)))
 
     def train_step(state: TrainState, batch):
         batch = batch | {"weights": token_weights(experiment.objective, batch)}
@@ -77,8 +87,9 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh):
     if unknown:
         raise UserError(f"optimizer.groups names {min(unknown)}, but no parameter of this model is in such a group")
     replicated = NamedSharding(mesh, P())
-    return (
+    return Steps(
         jax.jit(init, out_shardings=where),
+        jax.jit(begin, out_shardings=where, donate_argnums=0),
         jax.jit(train_step, donate_argnums=0, out_shardings=(where, replicated)),
         jax.jit(validation_loss, out_shardings=replicated),
         like,

@@ -1,0 +1,182 @@
+"""From a Hugging Face folder to a run folder and back, by the commands a user types; generating and training with pretrained weights."""
+
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from infinicontext import models, pretrained
+from infinicontext.cli import main
+from infinicontext.data.tokenizers import word_tokenizer
+from infinicontext.models import TransformerConfig
+from infinicontext.nn.rope import RopeConfig
+from infinicontext.training.weights import stop_ids
+
+WORDS = "the key is one two three four five six seven eight nine ten , ."
+EXPERIMENT = """
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext import pretrained
+
+def tune():
+    return Experiment("tune", pretrained.read_config({folder!r}), CorpusData({text!r}, {folder!r}, length=16, validation_fraction=0.5),
+                      start_from={folder!r}, steps=2, batch_size=8, validation_batches=1, evaluation=Evaluation(lengths=(8,)))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny pretrained model with a tokenizer, as transformers would have written it."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    tokenizer = word_tokenizer([WORDS])
+    rope = RopeConfig("longrope", original_length=16, length=64, long_factors=(2.0, 3.0))
+    config = TransformerConfig(tokenizer.vocab_size, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24, rope=rope)
+    # Larger weights: decided opinions, so that greedy text is no single repeated word.
+    model = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, models.build(config, nnx.Rngs(0)))
+    pretrained.save(model, folder, family="llama")
+    tokenizer.library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("runs") / "nested" / "tiny"
+    main(["convert", str(folder), str(target)])
+    return target
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax relies on the promotion that the other tests forbid."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    return error
+
+
+def test_there_and_back(folder, run, tmp_path):
+    main(["convert", str(run), str(tmp_path / "back")])
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name])
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    assert pretrained.read_config(tmp_path / "back") == pretrained.read_config(folder)
+    main(["convert", str(run), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
+
+
+def test_both_kinds_of_folder_generate_the_same(folder, run, capsys, tmp_path):
+    def generated(model, *options):
+        main(["generate", "the key is", "--model", str(model), "--max-new-tokens", "20", *options])
+        return capsys.readouterr().out
+
+    assert generated(folder) == generated(run) != generated(run, "--rope-policy", "short")
+    text = generated(folder)
+    assert text.endswith("\n")
+    assert len(text.split()) > 3
+    word = text.split()[2]
+    assert generated(folder, "--stop", word).strip() == text[: text.index(word)].strip()
+    drawn = [generated(folder, "--temperature", "2", "--top-k", "12", "--top-p", "0.95", "--seed", seed) for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert generated(folder, "--dtype", "bfloat16")
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one two"}\n\n{"prompt": "the key is"}\n{"prompt": "six"}\n')
+    output = tmp_path / "out.jsonl"
+    arguments = ["--prompts-file", str(tmp_path / "prompts.jsonl"), "--batch-size", "2", "--output", str(output), "--max-new-tokens", "20"]
+    main(["generate", "--model", str(run), *arguments])
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["one two", "the key is", "six"]
+    assert records[1]["completion"] == text[:-1]
+    assert all((record["finish"] == "length") == (record["tokens"] == 20) for record in records)
+    main(["generate", "one two", "six", "--model", str(run), "--max-new-tokens", "20"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["completion"] for line in lines] == [records[0]["completion"], records[2]["completion"]]
+
+
+def test_prompt_from_standard_input(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the key is"))
+    main(["generate", "--model", str(folder), "--max-new-tokens", "3"])
+    assert capsys.readouterr().out
+
+
+def test_training_starts_from_pretrained_weights(folder, run, tmp_path, capsys):
+    lines = [json.dumps({"text": f"{WORDS} " * number}) for number in range(1, 20)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / "experiments.py").write_text(EXPERIMENT.format(folder=str(folder), text=str(tmp_path / "text.jsonl")))
+    reference = f"{tmp_path}/experiments.py:tune"
+    main(["train", reference, "--workdir", str(tmp_path / "tuned"), "--optimizer.learning-rate", "0"])
+    assert stop_ids(tmp_path / "tuned" / "huggingface") == (1, 0)
+    main(["convert", str(tmp_path / "tuned"), str(tmp_path / "out")])
+    for name, value in load_file(folder / "model.safetensors").items():
+        np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[name], value)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+    # From a run folder too, and with another window, which changes no parameter.
+    window = ("--model.attention", "window", "--model.window", "8", "--start-from", str(run))
+    main(["train", reference, "--workdir", str(tmp_path / "window"), "--optimizer.learning-rate", "1e-3", *window])
+    capsys.readouterr()
+    main(["generate", "the key is", "--model", str(tmp_path / "window"), "--max-new-tokens", "5"])
+    main(["eval", str(tmp_path / "window")])
+    assert json.loads((tmp_path / "window" / "eval.json").read_text())["tasks"]["perplexity"]
+
+    other = ("--model.feed-forward", "32", "--workdir", str(tmp_path / "other"))
+    assert "mlp.up_proj.weight is [24, 16], not [32, 16]" in fails(capsys, "train", reference, *other)
+    assert not (tmp_path / "other").exists()
+    missing = ("--start-from", str(tmp_path / "nowhere"), "--workdir", str(tmp_path / "other"))
+    assert "config.json does not exist" in fails(capsys, "train", reference, *missing)
+    assert not (tmp_path / "other").exists()
+
+
+def test_wrong_input_is_one_sentence(folder, run, tmp_path, capsys):
+    assert "there is no prompt" in fails(capsys, "generate", "--model", folder, "--prompts-file", _written(tmp_path / "empty.txt", ""))
+    assert "cannot be read" in fails(capsys, "generate", "--model", folder, "--prompts-file", tmp_path / "nowhere.txt")
+    assert "cannot be read" in fails(capsys, "generate", "--model", folder, "--prompts-file", _written(tmp_path / "a.jsonl", '{"text": 1}'))
+    assert "is not a folder" in fails(capsys, "generate", "a", "--model", tmp_path / "nowhere")
+    assert "config.json does not exist" in fails(capsys, "generate", "a", "--model", tmp_path)
+    assert "temperature is -1" in fails(capsys, "generate", "a", "--model", folder, "--temperature", "-1")
+    assert "--stop has an empty text" in fails(capsys, "generate", "a", "--model", folder, "--stop", "")
+    assert "--batch-size is 0" in fails(capsys, "generate", "a", "--model", folder, "--batch-size", "0")
+    assert "no checkpoint of step 7" in fails(capsys, "generate", "a", "--model", run, "--step", "7")
+    assert "cannot be written" in fails(capsys, "generate", "a", "--model", run, "--output", tmp_path)
+    assert "--model" in fails(capsys, "generate", "a")
+
+    before = sorted(path.name for path in run.iterdir())
+    assert "exists already" in fails(capsys, "convert", folder, run)
+    assert "exists already" in fails(capsys, "convert", run, folder)
+    assert "is a run folder already" in fails(capsys, "convert", run, tmp_path / "new", "--to", "run")
+    assert "Hugging Face folder already" in fails(capsys, "convert", folder, tmp_path / "new", "--to", "huggingface")
+    assert "--dtype and --step go with" in fails(capsys, "convert", folder, tmp_path / "new", "--dtype", "bfloat16")
+    assert "config.json does not exist" in fails(capsys, "convert", tmp_path / "nowhere", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    word_tokenizer([WORDS + " and more words than before"]).library.save(str(copy / "tokenizer.json"))
+    assert "tokens, its model" in fails(capsys, "generate", "a", "--model", copy)
+    (copy / "tokenizer.json").unlink()
+    assert "has no tokenizer.json, so it cannot read text" in fails(capsys, "generate", "a", "--model", copy)
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path
