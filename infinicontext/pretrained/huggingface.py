@@ -8,21 +8,21 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from infinicontext import models, sharding
+from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.models.transformer import Transformer, TransformerConfig
 from infinicontext.pretrained.huggingface_config import FAMILIES, Family, config_from_huggingface, config_to_huggingface, obstacles
+from infinicontext.pretrained.placement import Read, fill, parameter_paths, read_json
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 # Beside the weights: what a tokenizer, a chat template or a generation default needs.
@@ -77,12 +77,6 @@ def sources(config: TransformerConfig, family: Family) -> dict[str, Source]:
     return found
 
 
-def _paths(model: nnx.Module) -> dict[str, Any]:
-    """A module's leaves by path, as in "blocks/attention/q"."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _tensor_shapes(parameters: dict[str, Any], where: dict[str, Source]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the checkpoint that these parameters make."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -107,7 +101,7 @@ def read_config(path: str | pathlib.Path) -> TransformerConfig:
     Raises:
       UserError: no config.json there, or one that is not supported.
     """
-    return config_from_huggingface(_read_json(pathlib.Path(path) / "config.json"))
+    return config_from_huggingface(read_json(pathlib.Path(path) / "config.json"))
 
 
 def load(
@@ -127,32 +121,24 @@ def load(
       UserError: something cannot be read or is not supported. Tensors that are missing, unexpected or of another shape are all listed.
     """
     path = pathlib.Path(path)
-    family = _read_json(path / "config.json").get("model_type")
+    family = read_json(path / "config.json").get("model_type")
     config = config or read_config(path)
     if dtype is not None:
         config = TransformerConfig(**(vars(config) | {"dtype": dtype}))
     model = models.abstract(config)
-    graph, state = nnx.split(model)
-    parameters, where = _paths(model), sources(config, family)
+    parameters, where = parameter_paths(model), sources(config, family)
     with contextlib.ExitStack() as closing:
         tensors = _open(path, closing)
         _check(path, tensors, _tensor_shapes(parameters, where), config.tied_embeddings)
-        placed = sharding.shardings(model, mesh) if mesh else jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model)
-        places = _paths(placed)
-        arrays = {
-            name: _place(leaf.shape, places[name], _reader(tensors, where[name], leaf.shape, np.dtype(dtype or "float32")))
-            for name, leaf in parameters.items()
-        }
-    pure = nnx.to_pure_dict(state)
-    filled = jax.tree_util.tree_map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path, simple=True, separator="/")], pure)
-    return nnx.merge(graph, filled)
+        stored = np.dtype(dtype or "float32")
+        return fill(model, mesh, lambda name, shape: _reader(tensors, where[name], shape, stored))
 
 
 def _open(path: pathlib.Path, closing: contextlib.ExitStack) -> dict[str, Any]:
     """Every tensor's name and the open (mapped, not read) file that holds it."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
@@ -187,9 +173,6 @@ def _check(path: pathlib.Path, tensors: dict[str, Any], shapes: dict[str, tuple[
         raise UserError(f"{path} does not fit its config.json: {'; '.join(problems)}")
 
 
-Read = Callable[[tuple[slice, ...]], np.ndarray]
-
-
 def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dtype: np.dtype) -> Read:
     """A function that reads the slice `index` of a parameter of this shape."""
     stacked = "{}" in source.name
@@ -218,32 +201,6 @@ def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dty
         return out
 
     return read
-
-
-def _place(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Read) -> jax.Array:
-    """An array made of slices that are read one at a time, each once, however many devices of this host it goes to."""
-    devices_of: dict[tuple, list[jax.Device]] = {}
-    indices = where.addressable_devices_indices_map(shape)
-    for device, index in indices.items():
-        devices_of.setdefault(tuple(cut.indices(size) for cut, size in zip(index, shape)), []).append(device)
-    on_device = {}
-    for devices in devices_of.values():
-        part = read(indices[devices[0]])
-        on_device |= {device: jax.device_put(part, device) for device in devices}
-        jax.block_until_ready(list(on_device.values()))
-    return jax.make_array_from_single_device_arrays(shape, where, [on_device[device] for device in indices])
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a pretrained model is a folder with a config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
 
 
 # --- Out ---
@@ -278,7 +235,7 @@ def save(
     path, config = pathlib.Path(path), getattr(model, "config", None)
     if not isinstance(config, TransformerConfig):
         raise UserError(f"a {type(model).__name__} cannot be written for transformers, which has no such model; convert --to run keeps it")
-    kept = _read_json(pathlib.Path(like) / "config.json") if like else {}
+    kept = read_json(pathlib.Path(like) / "config.json") if like else {}
     family = family or kept.get("model_type") or min(FAMILIES, key=lambda family: len(obstacles(config, family)))
     if family not in FAMILIES:
         raise UserError(f"family is {family}; it must be one of {', '.join(FAMILIES)}")
@@ -289,7 +246,7 @@ def save(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; choose a new folder")
 
-    parameters, where = _paths(model), sources(config, family)
+    parameters, where = parameter_paths(model), sources(config, family)
     stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
     record = config_to_huggingface(config, family, length, kept if kept.get("model_type") == family else {})
     record["dtype" if "dtype" in record else "torch_dtype"] = stored.name
