@@ -52,7 +52,7 @@ def read_with_norm_refresh(
             return state._replace(layers=state.layers._replace(norm=fresh.layers.norm), final_norm=fresh.final_norm)
 
         kept = visit(model, hidden_BTD, extra_BT)
-        return (state if L < first else jax.lax.cond(end >= first, refreshed, lambda state: state, state)), kept
+        return (state if first > L else jax.lax.cond(end >= first, refreshed, lambda state: state, state)), kept
 
     whole, chunks = L - L % step, L - L % chunk
     state, kept = jax.lax.scan(lambda state, begin: call(state, begin, step), model.init_state(B), jnp.arange(0, whole, step))

@@ -290,7 +290,10 @@ class Block(nnx.Module):
             hidden_BTF *= x_BTD @ use(self.feed_forward_gated, dtype)
         y_BTD = _dropped(hidden_BTF, config.hidden_dropout, key, 4) @ use(self.feed_forward_out, dtype)
         y_BTD = _dropped(y_BTD, config.dropout, key, 5)
-        return y_BTD if self.rescale is None else (y_BTD * use(self.rescale, at_least_float32(dtype))[None, None]).astype(dtype)
+        if self.rescale is not None:
+            wide = at_least_float32(dtype)
+            y_BTD = (y_BTD.astype(wide) * use(self.rescale, wide)[None, None]).astype(dtype)
+        return y_BTD
 
 
 class Megalodon(nnx.Module):

@@ -120,7 +120,7 @@ def attend(
     logits_BGRTS = logits_BGRTS * jnp.asarray(K**-0.5 if scale is None else scale, wide)
     logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS, jnp.finfo(wide).min)
     if dropout is not None:
-        kept_BGRTS = jax.random.bernoulli(dropout.key, 1 - dropout.rate, logits_BGRTS.shape)
+        kept_BGRTS = jax.random.bernoulli(dropout.key, 1 - dropout.rate, logits_BGRTS.shape) & seen_BTS[:, None, None]
         if dropout.mode == "dropkey":
             logits_BGRTS = jnp.where(kept_BGRTS, logits_BGRTS, jnp.finfo(wide).min)
     # Dividing the K sums at the end instead of the S weights saves a pass over the largest array.
