@@ -21,6 +21,7 @@ from infinicontext.nn.rope import RopeConfig
 from infinicontext.pretrained import huggingface
 from infinicontext.pretrained.huggingface import sources
 from infinicontext.pretrained.huggingface_config import FAMILIES, config_from_huggingface, obstacles
+from infinicontext.pretrained.placement import parameter_paths
 
 TINY = TransformerConfig(vocab_size=17, dim=16, layers=3, heads=4, kv_heads=2, feed_forward=24)
 CONFIGS = {
@@ -225,7 +226,7 @@ def test_a_slice_is_read_in_little_more_than_its_own_memory(tmp_path, stored, dt
     pretrained.save(models.build(config, nnx.Rngs(0)), tmp_path / "out", dtype=stored)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4))
     where, abstract = sources(config, "llama"), models.abstract(config)
-    places, shapes = huggingface._paths(sharding.shardings(abstract, mesh)), huggingface._paths(abstract)
+    places, shapes = parameter_paths(sharding.shardings(abstract, mesh)), parameter_paths(abstract)
     with contextlib.ExitStack() as closing:
         tensors = huggingface._open(tmp_path / "out", closing)
         for name in ("embedding/table", "embedding/head", "blocks/feed_forward/up", "blocks/feed_forward/down"):

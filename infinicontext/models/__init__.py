@@ -8,12 +8,13 @@ import jax
 from flax import nnx
 
 from infinicontext.errors import UserError
+from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
 
-MODELS: dict[type, type] = {TransformerConfig: Transformer}
+MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon}
 
-ModelConfig = TransformerConfig
+ModelConfig = TransformerConfig | MegalodonConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:

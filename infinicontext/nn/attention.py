@@ -1,14 +1,14 @@
 """Softmax attention with a cache: over everything read, or over a window.
 
 Shape letters: B batch, T time (queries of this call), S cache slots or keys, H query heads, G key/value heads, R = H / G query heads per
-key/value head, K head size, C queries per block, N blocks.
+key/value head, K head size (values may have another), C queries per block or tokens per chunk, N blocks.
 
 Which keys a token sees is decided by what the slots hold, never by where they are: a slot knows the document and the position of its key,
 so that rings, packed documents and rows of unequal length need no masks of their own.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -33,6 +33,14 @@ class Cache(NamedTuple):
 
     k_BSGK: jax.Array
     v_BSGK: jax.Array
+
+
+class Dropout(NamedTuple):
+    """Of attention weights: `dropkey` hides keys before the softmax (Li et al. 2023), `post_softmax` zeroes and rescales weights."""
+
+    key: jax.Array
+    rate: float
+    mode: Literal["post_softmax", "dropkey"]
 
 
 def everything() -> Reach:
@@ -80,10 +88,26 @@ def write_layers(cache_LBS: Cache, new_LBT: Cache, slot_BT: jax.Array) -> Cache:
     return Cache(*(held.at[:, rows_B1, slot_BT].set(new, mode="drop") for held, new in zip(cache_LBS, new_LBT)))
 
 
-def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys that are seen; logits and softmax in float32 or wider.
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    seen_BTS: jax.Array,
+    *,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v over the keys that are seen; logits and softmax in float32 or wider.
 
     Query head h reads key/value head h // R. A query that sees nothing (padding) gives a finite value of no meaning.
+
+    Args:
+      q_BTHK: rotated queries.
+      k_BSGK: rotated keys.
+      v_BSGK: values.
+      seen_BTS: bool, the keys each query sees.
+      scale: of the logits; None: 1 / sqrt(K).
+      dropout: None for evaluation. A query whose keys DropKey has all hidden gives 0.
 
     Returns:
       o_BTHK in q's dtype.
@@ -93,15 +117,24 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: ja
     wide = at_least_float32(q_BTHK.dtype)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     logits_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=wide)
-    logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS * jnp.asarray(K**-0.5, wide), jnp.finfo(wide).min)
+    logits_BGRTS = logits_BGRTS * jnp.asarray(K**-0.5 if scale is None else scale, wide)
+    logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS, jnp.finfo(wide).min)
+    if dropout is not None:
+        kept_BGRTS = jax.random.bernoulli(dropout.key, 1 - dropout.rate, logits_BGRTS.shape) & seen_BTS[:, None, None]
+        if dropout.mode == "dropkey":
+            logits_BGRTS = jnp.where(kept_BGRTS, logits_BGRTS, jnp.finfo(wide).min)
     # Dividing the K sums at the end instead of the S weights saves a pass over the largest array.
     weights_BGRTS = jnp.exp(logits_BGRTS - jax.lax.stop_gradient(jnp.max(logits_BGRTS, axis=-1, keepdims=True)))
-    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=wide)
     total_BTGR1 = jnp.moveaxis(jnp.sum(weights_BGRTS, axis=-1, keepdims=True), 3, 1)
-    return (o_BTGRK / total_BTGR1).reshape(B, T, H, K).astype(q_BTHK.dtype)
+    if dropout is not None:
+        weights_BGRTS = jnp.where(kept_BGRTS, weights_BGRTS if dropout.mode == "dropkey" else weights_BGRTS / (1 - dropout.rate), 0)
+    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=wide)
+    return (o_BTGRK / total_BTGR1).reshape(B, T, H, -1).astype(q_BTHK.dtype)
 
 
-def attend_one(q_B1HK: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, cache: Cache, seen_B1S: jax.Array) -> jax.Array:
+def attend_one(
+    q_B1HK: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, cache: Cache, seen_B1S: jax.Array, *, scale: float | None = None
+) -> jax.Array:
     """One token's attention over a cache that does not hold its own key yet, and over itself: decoding.
 
     A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is
@@ -113,19 +146,20 @@ def attend_one(q_B1HK: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, cache: C
       v_B1GK: its own value.
       cache: the keys and values before it.
       seen_B1S: bool, the slots it sees.
+      scale: as in `attend`.
 
     Returns:
       o_B1HK in q's dtype.
     """
     (B, _, H, K), G = q_B1HK.shape, k_B1GK.shape[2]
     wide = at_least_float32(q_B1HK.dtype)
-    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide)
-    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1) * jnp.asarray(K**-0.5, wide)
+    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide) * jnp.asarray(K**-0.5 if scale is None else scale, wide)
+    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1)
     old_BSGR = jnp.where(seen_B1S[:, 0, :, None, None], score(cache.k_BSGK), jnp.finfo(wide).min)
     weight_BSGR = jax.nn.softmax(jnp.concatenate([old_BSGR, score(k_B1GK)], axis=1), axis=1)
     read = lambda weight_BSGR, v_BSGK: jnp.sum(weight_BSGR[..., None] * v_BSGK[:, :, :, None].astype(wide), axis=1)
     o_BGRK = read(weight_BSGR[:, :-1], cache.v_BSGK) + read(weight_BSGR[:, -1:], v_B1GK)
-    return o_BGRK.reshape(B, 1, H, K).astype(q_B1HK.dtype)
+    return o_BGRK.reshape(B, 1, H, -1).astype(q_B1HK.dtype)
 
 
 def visible(position_BT: jax.Array, document_BT: jax.Array, slots: Slots, reach: Reach) -> jax.Array:
@@ -166,6 +200,8 @@ def window_attention(
     *,
     block: int | None = None,
     fold: bool | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Attention over a window: T tokens see one another and the ring of the S tokens before them, each as far as `reach` allows.
 
@@ -183,6 +219,8 @@ def window_attention(
       reach: `sliding` or `block_sliding`; must not reach more than S tokens back, the token itself included.
       block: queries per block; None chooses at most S.
       fold: fold blocks into the batch instead of scanning them; None folds except on CPU.
+      scale: as in `attend`.
+      dropout: as in `attend`.
 
     Returns:
       o_BTHK in q's dtype.
@@ -197,26 +235,82 @@ def window_attention(
     new = (Cache(k_BTGK, v_BTGK), Slots(place.position_BT, place.document_BT))
     queries = (q_BTHK, place.position_BT, place.document_BT)
 
-    def one_block(queries, keys):
+    def one_block(queries, keys, number=0):
         (q_BCHK, position_BC, document_BC), (cache, slots) = queries, keys
-        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, visible(position_BC, document_BC, slots, reach))
+        seen_BCS = visible(position_BC, document_BC, slots, reach)
+        return attend(q_BCHK, cache.k_BSGK, cache.v_BSGK, seen_BCS, scale=scale, dropout=_numbered(dropout, number))
 
     if block >= T:
         return one_block(queries, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, new))
+
+    numbers_N = jnp.arange(-(-T // block), dtype=jnp.int32)
 
     if fold:
         # Block n sees columns n * C to n * C + S + C of all keys in order.
         columns_NW = jnp.arange(0, T, block)[:, None] + jnp.arange(S + block)[None]
         windows = jax.tree.map(lambda a, b: _windows(jnp.concatenate([a, b], axis=1), columns_NW), before, new)
-        return _join(jax.vmap(one_block)(_split(queries, block), windows), T)
+        return _join(jax.vmap(one_block)(_split(queries, block), windows, numbers_N), T)
 
     @jax.checkpoint
     def step(before, xs):
-        queries, new = xs
+        queries, new, number = xs
         keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, new)
-        return jax.tree.map(lambda x: x[:, block:], keys), one_block(queries, keys)
+        return jax.tree.map(lambda x: x[:, block:], keys), one_block(queries, keys, number)
 
-    return _join(jax.lax.scan(step, before, (_split(queries, block), _split(new, block)))[1], T)
+    return _join(jax.lax.scan(step, before, (_split(queries, block), _split(new, block), numbers_N))[1], T)
+
+
+def chunk_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    cache: Cache,
+    held_B: jax.Array,
+    *,
+    fold: bool | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Attention within chunks of C tokens that go on where each row stands, all chunks at once: work is (T + C) * C.
+
+    The new tokens are laid behind the cached ones of the unfinished chunk, so that chunks are the same columns in all rows, wherever the
+    rows stand; the rest of the first and the last chunk is filling, which no token sees because it follows.
+
+    Args:
+      q_BTHK: rotated queries.
+      k_BTGK: rotated keys of the same tokens.
+      v_BTGK: their values.
+      cache: C slots, of which row b's first held_B[b] have the keys and values of its unfinished chunk.
+      held_B: int32, fewer than C.
+      fold: fold chunks into the batch instead of one after the other; None folds except on CPU.
+      scale: as in `attend`.
+      dropout: as in `attend`.
+
+    Returns:
+      o_BTHK in q's dtype.
+    """
+    T, C = q_BTHK.shape[1], cache.k_BSGK.shape[1]
+    fold = jax.default_backend() != "cpu" if fold is None else fold
+    fill = -(-(C - 1 + T) // C) * C - C
+    put = lambda held_S, new_T, start: jax.lax.dynamic_update_slice_in_dim(held_S, new_T, start, axis=0)
+    behind = lambda old_BC, new_BT: jax.vmap(put)(jnp.pad(old_BC, ((0, 0), (0, fill), (0, 0), (0, 0))), new_BT, held_B)
+    before = (jnp.zeros((q_BTHK.shape[0], C, *q_BTHK.shape[2:]), q_BTHK.dtype), *cache)
+    chunks = _split(jax.tree.map(behind, before, (q_BTHK, k_BTGK, v_BTGK)), C)
+    causal_1CC = jnp.tril(jnp.ones((C, C), bool))[None]
+
+    def one_chunk(xs):
+        (q_BCHK, k_BCGK, v_BCGK), number = xs
+        seen_BCC = jnp.broadcast_to(causal_1CC, (q_BCHK.shape[0], C, C))
+        return attend(q_BCHK, k_BCGK, v_BCGK, seen_BCC, scale=scale, dropout=_numbered(dropout, number))
+
+    one_chunk, xs = jax.checkpoint(one_chunk), (chunks, jnp.arange(fill // C + 1, dtype=jnp.int32))
+    o_BSHK = _join(jax.vmap(one_chunk)(xs) if fold else jax.lax.map(one_chunk, xs), fill + C)
+    return jax.vmap(lambda o_S, start: jax.lax.dynamic_slice_in_dim(o_S, start, T, axis=0))(o_BSHK, held_B)
+
+
+def _numbered(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
+    """With a key of its own for each block."""
+    return None if dropout is None else dropout._replace(key=jax.random.fold_in(dropout.key, number))
 
 
 def _default_block() -> int:

@@ -1,5 +1,7 @@
 """Tokens in, logits out. Shape letters: B batch, T time, D channels, V vocabulary."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,11 +13,16 @@ from infinicontext.sharding import constrain
 class Embedding(nnx.Module):
     """Token embedding and the head that turns hidden states into logits; one matrix for both when `tied`."""
 
-    def __init__(self, vocab_size: int, dim: int, *, tied: bool, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, vocab_size: int, dim: int, *, tied: bool, dtype: str, rngs: nnx.Rngs, draw: Callable = normal, std: float | None = None
+    ):
+        """draw: as `normal`. std: of the table; None: 1, or that of the head, 1 / sqrt(D), where it is the head too."""
         self.dtype = dtype
-        # A tied matrix is also the head, whose logits should start near unit variance; alone, unit variance suits the residual stream.
-        self.table = normal(rngs(), (vocab_size, dim), ("vocab", "embed"), dim**-0.5 if tied else 1.0)
-        self.head = None if tied else normal(rngs(), (dim, vocab_size), ("embed", "vocab"), dim**-0.5)
+        if std is None:
+            # A tied matrix is also the head, whose logits should start near unit variance; alone, unit variance suits the residual stream.
+            std = dim**-0.5 if tied else 1.0
+        self.table = draw(rngs(), (vocab_size, dim), ("vocab", "embed"), std)
+        self.head = None if tied else draw(rngs(), (dim, vocab_size), ("embed", "vocab"), dim**-0.5)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """tokens_BT int32 -> x_BTD in the compute dtype."""

@@ -18,6 +18,11 @@ def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...],
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes, group=group)
 
 
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, group: str = "default") -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2) cut at three standard deviations."""
+    return nnx.Param(std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32), axes=axes, group=group)
+
+
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], group: str = "default") -> nnx.Param:
     """A float32 parameter that starts at one value: scales at 1, biases at 0."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, group=group)

@@ -281,13 +281,14 @@ def rope_cos_sin(turns: Turns, positions: jax.Array, dtype: jnp.dtype = jnp.floa
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array, *, neighbours: bool = False) -> jax.Array:
     """Turns pair i (dims i and i + R) of every head by its angle; dims from 2R on pass through.
 
     Args:
       x_BTHK: queries or keys, any float dtype.
       cos_BTR: from `rotation`, [B, T, R], or [T, R] for the same positions in all rows; the turn is computed in its dtype.
       sin_BTR: the same for sin.
+      neighbours: pair i is dims 2i and 2i + 1 instead, as in the original paper; for models that were trained so.
 
     Returns:
       The turned x_BTHK in x's dtype.
@@ -297,6 +298,10 @@ def apply_rope(x_BTHK: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax
     R = cos_BTR.shape[-1]
     chex.assert_axis_dimension_gteq(x_BTHK, 3, 2 * R)
     cos_BT1R, sin_BT1R = (part[..., None, :] if part.ndim == 3 else part[None, :, None] for part in (cos_BTR, sin_BTR))
-    first_BTHR, second_BTHR = (x_BTHK[..., start : start + R].astype(cos_BTR.dtype) for start in (0, R))
+    starts, step = ((0, 1), 2) if neighbours else ((0, R), 1)
+    first_BTHR, second_BTHR = (x_BTHK[..., start : start + R * step : step].astype(cos_BTR.dtype) for start in starts)
     turned = (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R)
-    return jnp.concatenate([*(half.astype(x_BTHK.dtype) for half in turned), x_BTHK[..., 2 * R :]], axis=-1)
+    turned = [half_BTHR.astype(x_BTHK.dtype) for half_BTHR in turned]
+    if neighbours:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x_BTHK.shape[:-1], 2 * R)]
+    return jnp.concatenate([*turned, x_BTHK[..., 2 * R :]], axis=-1)

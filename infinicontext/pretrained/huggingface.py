@@ -8,22 +8,21 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from infinicontext import models, sharding
+from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.files import new_folder, read_json
 from infinicontext.models.transformer import Transformer, TransformerConfig
 from infinicontext.pretrained.huggingface_config import FAMILIES, Family, config_from_huggingface, config_to_huggingface, obstacles
+from infinicontext.pretrained.placement import Read, fill, parameter_paths
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _COMPUTE_DTYPES, _STORED_DTYPES = ("float32", "bfloat16", "float64"), ("float32", "bfloat16", "float16")
@@ -85,12 +84,6 @@ def sources(config: TransformerConfig, family: Family) -> dict[str, Source]:
     return found
 
 
-def _paths(model: nnx.Module) -> dict[str, Any]:
-    """A module's leaves by path, as in "blocks/attention/q"."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _tensor_shapes(parameters: dict[str, Any], where: dict[str, Source]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the checkpoint that these parameters make."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -145,20 +138,12 @@ def load(
     if dtype is not None:
         config = TransformerConfig(**(vars(config) | {"dtype": dtype}))
     model = models.abstract(config)
-    graph, state = nnx.split(model)
-    parameters, where = _paths(model), sources(config, family)
+    parameters, where = parameter_paths(model), sources(config, family)
     with contextlib.ExitStack() as closing:
         tensors = _open(path, closing)
         _check(path, tensors, _tensor_shapes(parameters, where), config.tied_embeddings)
-        placed = sharding.shardings(model, mesh) if mesh else jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model)
-        places = _paths(placed)
-        arrays = {
-            name: _place(leaf.shape, places[name], _reader(tensors, where[name], leaf.shape, np.dtype(dtype or "float32")))
-            for name, leaf in parameters.items()
-        }
-    pure = nnx.to_pure_dict(state)
-    filled = jax.tree_util.tree_map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path, simple=True, separator="/")], pure)
-    return nnx.merge(graph, filled)
+        stored = np.dtype(dtype or "float32")
+        return fill(model, mesh, lambda name, shape: _reader(tensors, where[name], shape, stored))
 
 
 def _open(path: pathlib.Path, closing: contextlib.ExitStack) -> dict[str, Any]:
@@ -203,9 +188,6 @@ def _check(path: pathlib.Path, tensors: dict[str, Any], shapes: dict[str, tuple[
         raise UserError(f"{path} does not fit its config.json: {'; '.join(problems)}")
 
 
-Read = Callable[[tuple[slice, ...]], np.ndarray]
-
-
 def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dtype: np.dtype) -> Read:
     """A function that reads the slice `index` of a parameter of this shape, a few rows of the file at a time."""
     stacked = "{}" in source.name
@@ -238,20 +220,6 @@ def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dty
         return out if stacked else out[0]
 
     return read
-
-
-def _place(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Read) -> jax.Array:
-    """An array made of slices that are read one at a time, each once, however many devices of this host it goes to."""
-    devices_of: dict[tuple, list[jax.Device]] = {}
-    indices = where.addressable_devices_indices_map(shape)
-    for device, index in indices.items():
-        devices_of.setdefault(tuple(cut.indices(size) for cut, size in zip(index, shape)), []).append(device)
-    on_device = {}
-    for devices in devices_of.values():
-        part = read(indices[devices[0]])
-        on_device |= {device: jax.device_put(part, device) for device in devices}
-        jax.block_until_ready(list(on_device.values()))
-    return jax.make_array_from_single_device_arrays(shape, where, [on_device[device] for device in indices])
 
 
 # --- Out ---
@@ -299,7 +267,7 @@ def save(
         reasons = f"{' and '.join(found)} cannot be written for transformers (as {family})"
         raise UserError(f"{reasons}; a run folder (convert --to run) keeps it in our own format")
 
-    parameters, where = _paths(model), sources(config, family)
+    parameters, where = parameter_paths(model), sources(config, family)
     stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
     record = config_to_huggingface(config, family, length, kept)
     record["dtype" if "dtype" in record else "torch_dtype"] = stored.name

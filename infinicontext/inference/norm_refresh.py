@@ -1,0 +1,70 @@
+"""How the official MEGALODON code reads long texts: with norm statistics that forget.
+
+Shape letters: B batch, L length, T tokens in one call, D channels.
+
+The timestep norm weighs every token alike, so that after a long text a new token hardly moves its statistics. The official scoring and
+generation therefore read in calls of two chunks and, from the eighth chunk on, take the statistics over after each call from a fresh run
+over the last six chunks; CEMA and attention go on as before. Plain streaming (models/streaming.py: `read`) gives other numbers there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from infinicontext.models.megalodon import Megalodon, MegalodonState
+
+
+def read_with_norm_refresh(
+    model: Megalodon,
+    tokens_BL: jax.Array,
+    *,
+    refresh: tuple[int, int, int] = (8, 6, 2),
+    visit: Callable[[Megalodon, jax.Array, Any], Any] = lambda model, hidden_BTD, extra: (),
+    extra: Any = (),
+) -> tuple[Any, MegalodonState]:
+    """Reads whole texts from the beginning. Jit it, or call it inside a jitted function.
+
+    Args:
+      model: a Megalodon.
+      tokens_BL: int32, rows of the same length.
+      refresh: chunks read when the statistics are first replaced; last chunks that they are then taken from, at most as many; chunks per
+        call.
+      visit: as in `streaming.read`: `token_losses` scores the text.
+      extra: as in `streaming.read`: targets.
+
+    Returns:
+      What `visit` returned, joined on axis 1, and the state after the last token, from which generation goes on.
+    """
+    (B, L), chunk = tokens_BL.shape, model.config.chunk
+    first, again, step = (count * chunk for count in refresh)
+    tokens_BL, extra = jax.tree.map(jnp.asarray, (tokens_BL, extra))
+
+    def call(state, begin, length: int):
+        """The next `length` tokens, which are whole chunks."""
+        tokens_BT, extra_BT = _cut((tokens_BL, extra), begin, length)
+        hidden_BTD, state = model.hidden(tokens_BT, state)
+        end = begin + length
+
+        def refreshed(state: MegalodonState) -> MegalodonState:
+            fresh = model.hidden(_cut(tokens_BL, end - again, again), model.init_state(B))[1]
+            return state._replace(layers=state.layers._replace(norm=fresh.layers.norm), final_norm=fresh.final_norm)
+
+        kept = visit(model, hidden_BTD, extra_BT)
+        return (state if first > L else jax.lax.cond(end >= first, refreshed, lambda state: state, state)), kept
+
+    whole, chunks = L - L % step, L - L % chunk
+    state, kept = jax.lax.scan(lambda state, begin: call(state, begin, step), model.init_state(B), jnp.arange(0, whole, step))
+    parts = [jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, whole, *x.shape[3:]), kept)]
+    if whole < chunks:
+        state, kept = call(state, jnp.asarray(whole), chunks - whole)
+        parts.append(kept)
+    tokens_BT, extra_BT = _cut((tokens_BL, extra), chunks, L - chunks)
+    hidden_BTD, state = model.hidden(tokens_BT, state)
+    parts.append(visit(model, hidden_BTD, extra_BT))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts), state
+
+
+def _cut(tree, begin, length: int):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, length, axis=1), tree)
