@@ -1,5 +1,8 @@
 """Blocked attention against the definition: every score of every pair, masked."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import read
 from infinicontext.nn import attention, cursor
+from infinicontext.nn.attention import Cache
 
 B, H, G, K = 2, 4, 2, 3
 
@@ -118,3 +122,41 @@ def test_overflow_of_full_attention():
     np.testing.assert_array_equal(after.cache.k_BSGK[:, :, :8], state.cache.k_BSGK[:, :, :8])
     with pytest.raises(UserError, match=r"init_state: capacity is None"):
         model.init_state(B)
+
+
+@pytest.mark.parametrize("mode", ["post_softmax", "dropkey"])
+def test_attention_dropout(mode):
+    """After the softmax the mean stays; DropKey spreads the whole weight over the keys that are left, or gives 0."""
+    B, T, rate = 64, 16, 0.4
+    q, k = (jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, 1, 4)), jnp.float32) for seed in range(2))
+    cache, held_B = Cache(k[:, :8] * 0, k[:, :8] * 0), jnp.zeros(B, jnp.int32)
+    dropout = attention.Dropout(jax.random.key(0), rate, mode)
+    o_BT = np.asarray(attention.chunk_attention(q, k, jnp.ones_like(k), cache, held_B, dropout=dropout))[:, :, 0, 0]
+    # The first token of each chunk has one key.
+    first = o_BT[:, ::8]
+    if mode == "dropkey":
+        np.testing.assert_allclose(np.unique(np.round(o_BT, 5)), [0, 1])
+        assert abs(np.mean(first) - (1 - rate)) < 0.15
+    else:
+        np.testing.assert_allclose(np.unique(np.round(first, 5)), [0, np.round(1 / (1 - rate), 5)], rtol=1e-5)
+        assert abs(o_BT.mean() - 1) < 0.05
+    # Chunks draw by themselves.
+    assert np.any(o_BT[:, :8] != o_BT[:, 8:])
+
+
+def test_forms_of_attention_agree():
+    """Folded or one chunk after the other, and by the window, with values wider than keys."""
+    B, T, C, H, K, U = 3, 21, 4, 2, 6, 10
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, k, v, cache = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, U), Cache(draw(B, C, H, K), draw(B, C, H, U))
+    held_B = jnp.arange(B, dtype=jnp.int32)
+    position_BT = held_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    ones_BT = jnp.ones_like(position_BT)
+    slot_BC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32)[None], (B, C))
+    slots = attention.Slots(slot_BC, (slot_BC < held_B[:, None]).astype(jnp.int32))
+    place = cursor.Place(position_BT, position_BT, ones_BT)
+    window = functools.partial(attention.window_attention, q, k, v, place, cache, slots, attention.block_sliding(C, 0), scale=0.7)
+    chunks = functools.partial(attention.chunk_attention, q, k, v, cache, held_B, scale=0.7)
+    for form in (functools.partial(window, fold=False), functools.partial(window, fold=True), functools.partial(chunks, fold=False)):
+        chex.assert_trees_all_close(form(), chunks(fold=True), atol=1e-5)

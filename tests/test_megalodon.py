@@ -22,12 +22,10 @@ from infinicontext.errors import UserError
 from infinicontext.inference.norm_refresh import read_with_norm_refresh
 from infinicontext.models.megalodon import PRESETS, Megalodon, MegalodonConfig
 from infinicontext.models.streaming import read
-from infinicontext.nn import attention, cursor
-from infinicontext.nn.attention import Cache
+from infinicontext.nn import cursor
 from infinicontext.nn.cema import cema_tables
 from infinicontext.nn.norms import rms_normalised
 from infinicontext.nn.parameters import parameter_count
-from infinicontext.nn.rope import apply_rope
 from infinicontext.objectives.next_token import token_losses
 from infinicontext.pretrained import megalodon as official
 from infinicontext.pretrained.placement import parameter_paths
@@ -302,53 +300,6 @@ def test_dropout():
         np.testing.assert_array_equal(first, again)
         assert np.abs(first - second).max() > 1e-2
         assert np.abs(first - plain_BTD[:, :length]).max() > 1e-2
-
-
-@pytest.mark.parametrize("mode", ["post_softmax", "dropkey"])
-def test_attention_dropout(mode):
-    """After the softmax the mean stays; DropKey spreads the whole weight over the keys that are left, or gives 0."""
-    B, T, rate = 64, 16, 0.4
-    q, k = (jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, 1, 4)), jnp.float32) for seed in range(2))
-    cache, held_B = Cache(k[:, :8] * 0, k[:, :8] * 0), jnp.zeros(B, jnp.int32)
-    dropout = attention.Dropout(jax.random.key(0), rate, mode)
-    o_BT = np.asarray(attention.chunk_attention(q, k, jnp.ones_like(k), cache, held_B, dropout=dropout))[:, :, 0, 0]
-    # The first token of each chunk has one key.
-    first = o_BT[:, ::8]
-    if mode == "dropkey":
-        np.testing.assert_allclose(np.unique(np.round(o_BT, 5)), [0, 1])
-        assert abs(np.mean(first) - (1 - rate)) < 0.15
-    else:
-        np.testing.assert_allclose(np.unique(np.round(first, 5)), [0, np.round(1 / (1 - rate), 5)], rtol=1e-5)
-        assert abs(o_BT.mean() - 1) < 0.05
-    # Chunks draw by themselves.
-    assert np.any(o_BT[:, :8] != o_BT[:, 8:])
-
-
-def test_forms_of_attention_agree():
-    """Folded or one chunk after the other, and by the window, with values wider than keys."""
-    B, T, C, H, K, U = 3, 21, 4, 2, 6, 10
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    q, k, v, cache = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, U), Cache(draw(B, C, H, K), draw(B, C, H, U))
-    held_B = jnp.arange(B, dtype=jnp.int32)
-    position_BT = held_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    ones_BT = jnp.ones_like(position_BT)
-    slot_BC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32)[None], (B, C))
-    slots = attention.Slots(slot_BC, (slot_BC < held_B[:, None]).astype(jnp.int32))
-    place = cursor.Place(position_BT, position_BT, ones_BT)
-    window = functools.partial(attention.window_attention, q, k, v, place, cache, slots, attention.block_sliding(C, 0), scale=0.7)
-    chunks = functools.partial(attention.chunk_attention, q, k, v, cache, held_B, scale=0.7)
-    for form in (functools.partial(window, fold=False), functools.partial(window, fold=True), functools.partial(chunks, fold=False)):
-        chex.assert_trees_all_close(form(), chunks(fold=True), atol=1e-5)
-
-
-def test_rope_of_neighbours():
-    """Dims 2i and 2i + 1 turn as one complex number."""
-    x_BTHK = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 6)), jnp.float32)
-    angle_TR = np.arange(5)[:, None] * np.array([1.0, 0.3, 0.1])
-    turned = apply_rope(x_BTHK, jnp.asarray(np.cos(angle_TR), jnp.float32), jnp.asarray(np.sin(angle_TR), jnp.float32), neighbours=True)
-    expected = (np.asarray(x_BTHK[..., ::2]) + 1j * np.asarray(x_BTHK[..., 1::2])) * np.exp(1j * angle_TR)[None, :, None]
-    np.testing.assert_allclose(turned, np.stack([expected.real, expected.imag], axis=-1).reshape(x_BTHK.shape), atol=1e-6)
 
 
 # --- Configuration ---

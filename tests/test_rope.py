@@ -278,3 +278,12 @@ def test_what_does_not_fit_the_head_is_named(field, config, head_dim):
 def test_what_huggingface_may_ask_for_in_vain(message, config):
     with pytest.raises(UserError, match=message):
         rope_from_huggingface(config)
+
+
+def test_rope_of_neighbours():
+    """Dims 2i and 2i + 1 turn as one complex number."""
+    x_BTHK = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 6)), jnp.float32)
+    angle_TR = np.arange(5)[:, None] * np.array([1.0, 0.3, 0.1])
+    turned = apply_rope(x_BTHK, jnp.asarray(np.cos(angle_TR), jnp.float32), jnp.asarray(np.sin(angle_TR), jnp.float32), neighbours=True)
+    expected = (np.asarray(x_BTHK[..., ::2]) + 1j * np.asarray(x_BTHK[..., 1::2])) * np.exp(1j * angle_TR)[None, :, None]
+    np.testing.assert_allclose(turned, np.stack([expected.real, expected.imag], axis=-1).reshape(x_BTHK.shape), atol=1e-6)

@@ -25,7 +25,7 @@ from infinicontext.nn.cema import CEMA, CemaState, cema_tables
 from infinicontext.nn.cursor import Cursor, Place
 from infinicontext.nn.embedding import Embedding
 from infinicontext.nn.norms import ZeroCentredLayerNorm, ZeroCentredRMSNorm, rms_normalised
-from infinicontext.nn.parameters import at_least_float32, constant, normal, stack, truncated_normal, use
+from infinicontext.nn.parameters import InitMode, at_least_float32, constant, projection, stack, truncated_normal, use
 from infinicontext.nn.rope import RopeConfig, RopeTable, apply_rope, fixed_point, rope_cos_sin, rope_table
 from infinicontext.nn.timestep_norm import TimestepNorm, TimestepNormState
 from infinicontext.sharding import constrain
@@ -54,7 +54,7 @@ class MegalodonConfig:
     rescale_feed_forward: bool = False  # a learned scale of the feed-forward output, 0.1 / 2^layer at first
     scale_embeddings: bool = False  # by sqrt(dim)
     tied_embeddings: bool = False
-    init_mode: Literal["he", "bert", "xavier", "gaussian", "none"] = "he"  # none: zeros, for weights that will be loaded
+    init_mode: InitMode = "he"  # none: zeros, for weights that will be loaded
     dropout: float = 0.0  # of embeddings and of both sub-layers' outputs
     hidden_dropout: float = 0.0  # of the averaged input, the gated attention output and the feed-forward's hidden layer
     attention_dropout: float = 0.0
@@ -182,23 +182,6 @@ class _Call(NamedTuple):
     rotation: tuple[jax.Array, jax.Array]
 
 
-def _dense(config: MegalodonConfig, key: jax.Array, shape: tuple[int, ...], axes: tuple, inputs: int = 1) -> nnx.Param:
-    """A projection by the config's init_mode; the first `inputs` axes are summed over."""
-    fan_in, fan_out = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    match config.init_mode:
-        case "he":
-            return normal(key, shape, axes, (3 * fan_in) ** -0.5)
-        case "bert":
-            return normal(key, shape, axes, 0.02)
-        case "xavier":
-            bound = math.sqrt(6 / (fan_in + fan_out))
-            return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound), axes=axes, group="default")
-        case "gaussian":
-            return truncated_normal(key, shape, axes, 1)
-        case "none":
-            return constant(0, shape, axes)
-
-
 def _dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
     """Dropout number `number` of those that share a key; none without a key."""
     if key is None or rate == 0:
@@ -214,7 +197,7 @@ class Block(nnx.Module):
         D, H, F = config.dim, config.heads, config.feed_forward_size
         K, U = config.z_size // H, config.value_size // H
         self.config = config
-        dense = lambda *shape_and_axes, inputs=1: _dense(config, rngs(), *shape_and_axes, inputs=inputs)
+        dense = lambda shape, axes, inputs=1: projection(config.init_mode, rngs(), shape, axes, inputs)
         self.norm = TimestepNorm(D, config.norm_groups, config.prior_count, config.norm_epsilon)
         self.cema = CEMA(D, config.cema_order, rngs)
         self.cema_norm = ZeroCentredRMSNorm(D, epsilon=config.norm_epsilon, affine=config.norm_affine)

@@ -7,6 +7,7 @@ Which keys a token sees is decided by what the slots hold, never by where they a
 so that rings, packed documents and rows of unequal length need no masks of their own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -137,8 +138,9 @@ def attend_one(
 ) -> jax.Array:
     """One token's attention over a cache that does not hold its own key yet, and over itself: decoding.
 
-    A product of a matrix and a vector, written as a multiplication and a sum, passes over the cache once as it lies; as an einsum it is
-    laid out anew first (16,384 slots of 4 heads of 64 on 2 CPU cores: 4.8 ms instead of 13).
+    All heads are one product with the cache as it lies: a block-diagonal matrix holds the queries, and of the values only those of the same
+    head are taken. That multiplies G times as much as needed and still saves time, because a product per head would lay the cache out anew
+    (4,096 slots of 4 heads of 64 on 2 loaded CPU cores: 0.45 ms instead of 1.1; as a multiplication and a sum 13.6).
 
     Args:
       q_B1HK: rotated query.
@@ -151,15 +153,18 @@ def attend_one(
     Returns:
       o_B1HK in q's dtype.
     """
-    (B, _, H, K), G = q_B1HK.shape, k_B1GK.shape[2]
+    (B, _, H, K), (G, U) = q_B1HK.shape, v_B1GK.shape[2:]
     wide = at_least_float32(q_B1HK.dtype)
-    q_B1GRK = q_B1HK.reshape(B, 1, G, H // G, K).astype(wide) * jnp.asarray(K**-0.5 if scale is None else scale, wide)
-    score = lambda k_BSGK: jnp.sum(q_B1GRK * k_BSGK[:, :, :, None].astype(wide), axis=-1)
-    old_BSGR = jnp.where(seen_B1S[:, 0, :, None, None], score(cache.k_BSGK), jnp.finfo(wide).min)
-    weight_BSGR = jax.nn.softmax(jnp.concatenate([old_BSGR, score(k_B1GK)], axis=1), axis=1)
-    read = lambda weight_BSGR, v_BSGK: jnp.sum(weight_BSGR[..., None] * v_BSGK[:, :, :, None].astype(wide), axis=1)
-    o_BGRK = read(weight_BSGR[:, :-1], cache.v_BSGK) + read(weight_BSGR[:, -1:], v_B1GK)
-    return o_BGRK.reshape(B, 1, H, -1).astype(q_B1HK.dtype)
+    same_GG = jnp.eye(G, dtype=q_B1HK.dtype)
+    q_BXH = jnp.einsum("bgrk,gh->bhkgr", q_B1HK.reshape(B, G, H // G, K), same_GG).reshape(B, G * K, H)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    flat = lambda x_BSGK: x_BSGK.reshape(B, x_BSGK.shape[1], -1)
+    score = lambda k_BSGK: product("bsx,bxh->bsh", flat(k_BSGK), q_BXH) * jnp.asarray(K**-0.5 if scale is None else scale, wide)
+    old_BSH = jnp.where(seen_B1S[:, 0, :, None], score(cache.k_BSGK), jnp.finfo(wide).min)
+    weight_BSH = jax.nn.softmax(jnp.concatenate([old_BSH, score(k_B1GK)], axis=1), axis=1).astype(v_B1GK.dtype)
+    o_BHX = product("bsh,bsx->bhx", weight_BSH[:, :-1], flat(cache.v_BSGK)) + product("bsh,bsx->bhx", weight_BSH[:, -1:], flat(v_B1GK))
+    o_BGRU = product("bgrhu,gh->bgru", o_BHX.reshape(B, G, H // G, G, U), same_GG.astype(wide))
+    return o_BGRU.reshape(B, 1, H, U).astype(q_B1HK.dtype)
 
 
 def visible(position_BT: jax.Array, document_BT: jax.Array, slots: Slots, reach: Reach) -> jax.Array:

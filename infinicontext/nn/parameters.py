@@ -4,7 +4,9 @@ A parameter carries the names of its axes as metadata (`axes`, read by sharding.
 training/optimizer.py for learning rate and weight decay).
 """
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,30 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | N
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], group: str = "default") -> nnx.Param:
     """A float32 parameter that starts at one value: scales at 1, biases at 0."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, group=group)
+
+
+InitMode = Literal["he", "bert", "xavier", "gaussian", "none"]
+
+
+def projection(mode: InitMode, key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int = 1) -> nnx.Param:
+    """A float32 matrix drawn as MEGALODON's official code does; the first `inputs` axes are those summed over.
+
+    he: N(0, 1 / (3 fan-in)). bert: N(0, 0.02^2). xavier: uniform, variance 2 / (fan-in + fan-out). gaussian: N(0, 1) cut at three standard
+    deviations. none: 0, for weights that will be loaded.
+    """
+    fan_in, fan_out = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+    match mode:
+        case "he":
+            return normal(key, shape, axes, (3 * fan_in) ** -0.5)
+        case "bert":
+            return normal(key, shape, axes, 0.02)
+        case "xavier":
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound), axes=axes, group="default")
+        case "gaussian":
+            return truncated_normal(key, shape, axes, 1)
+        case "none":
+            return constant(0, shape, axes)
 
 
 def use(parameter: nnx.Param, dtype: jnp.dtype | str) -> jax.Array:

@@ -185,11 +185,13 @@ def save_pth(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
     pieces += [pickle.SETITEMS, pickle.STOP]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         folder = path.stem
-        archive.writestr(f"{folder}/data.pkl", b"".join(pieces))
-        archive.writestr(f"{folder}/byteorder", "little")
+        # A ZipInfo of its own has no time of day in it: the same model gives the same file.
+        put = lambda name, data: archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data)
+        put("data.pkl", b"".join(pieces))
+        put("byteorder", "little")
         for number, array in enumerate(tensors.values()):
-            archive.writestr(f"{folder}/data/{number}", array.tobytes())
-        archive.writestr(f"{folder}/version", "3\n")
+            put(f"data/{number}", array.tobytes())
+        put("version", "3\n")
 
 
 def _pickled(value) -> bytes:
