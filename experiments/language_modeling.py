@@ -26,6 +26,7 @@ from infinicontext.data.pipeline import CorpusData
 from infinicontext.evaluation.perplexity import PerplexityEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.training.optimizer import OptimizerConfig
 
@@ -58,11 +59,18 @@ def block_window() -> Experiment:
     return _with_attention("block_window", attention="block_window", block=32, memory_blocks=3)
 
 
+def megalodon() -> Experiment:
+    """MEGALODON with as many parameters, in chunks of 128: what lies before reaches a token through its moving average and statistics."""
+    experiment = full()
+    model = MegalodonConfig(vocab_size=257, dim=128, layers=3, heads=2, z_dim=64, value_dim=240, feed_forward=192, chunk=128, norm_groups=8)
+    return dataclasses.replace(experiment, name="megalodon", model=dataclasses.replace(model, remat=False))
+
+
 def all() -> list[Experiment]:
-    """The three of them with two seeds each."""
+    """The four of them with two seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
-        for experiment in (full(), window(), block_window())
+        for experiment in (full(), window(), block_window(), megalodon())
         for seed in range(2)
     ]
 

@@ -26,6 +26,7 @@ from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.objectives.next_token import NextToken
 from infinicontext.training.optimizer import OptimizerConfig
@@ -60,11 +61,18 @@ def block_window() -> Experiment:
     return _with_attention("block_window", attention="block_window", block=32, memory_blocks=3)
 
 
+def megalodon() -> Experiment:
+    """MEGALODON with as many parameters, in chunks of 64: what lies before reaches a token through its moving average and statistics."""
+    experiment = full()
+    model = MegalodonConfig(vocab_size=64, dim=64, layers=2, heads=1, z_dim=32, value_dim=112, feed_forward=112, chunk=64, norm_groups=4)
+    return dataclasses.replace(experiment, name="megalodon", model=model)
+
+
 def all() -> list[Experiment]:
-    """The three of them with three seeds each."""
+    """The four of them with three seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
-        for experiment in (full(), window(), block_window())
+        for experiment in (full(), window(), block_window(), megalodon())
         for seed in range(3)
     ]
 

@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 
+from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
@@ -20,7 +21,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    data: CorpusData | PasskeyData | InstructionData
+    data: CorpusData | PasskeyData | InstructionData | ImageData
     objective: NextToken = NextToken()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 
 from infinicontext.data.corpora import Split, documents, load_corpus
+from infinicontext.data.images import ImageData, Images, load_images
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
 from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
@@ -96,7 +97,17 @@ class PasskeyData:
         return max(multiple, rows // multiple * multiple)
 
 
-Data = CorpusData | PasskeyData | InstructionData
+Data = CorpusData | PasskeyData | InstructionData | ImageData
+
+
+def tokenizer_of(data: Data) -> Tokenizer | None:
+    """The tokenizer; None for images, whose ids are gray levels and classes."""
+    return None if isinstance(data, ImageData) else load_tokenizer(data.tokenizer)
+
+
+def vocabulary_size(data: Data) -> int:
+    """Every id is below it."""
+    return data.levels + len(load_images(data).classes) if isinstance(data, ImageData) else load_tokenizer(data.tokenizer).vocab_size
 
 
 def fingerprint(data: Data) -> str:
@@ -105,6 +116,9 @@ def fingerprint(data: Data) -> str:
     Raises:
       UserError: the tokenizer or the source is not usable.
     """
+    if isinstance(data, ImageData):
+        images = load_images(data)
+        return hashlib.sha256(images.pixels.tobytes() + images.labels.tobytes() + repr(images.classes).encode()).hexdigest()
     digest = hashlib.sha256(load_tokenizer(data.tokenizer).fingerprint().encode())
     texts: Iterable[tuple[str, str]] = ()
     if isinstance(data, CorpusData):
@@ -158,7 +172,7 @@ def train_batches(
         raise UserError(
             f"batch_size is {batch_size}; it must be a multiple of {multiple} ({process_count} processes, {divisor} shards of the batch)"
         )
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer_of(data)
     if isinstance(data, PasskeyData):
         _check_lengths(data, tokenizer)
 
@@ -195,7 +209,7 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
     """
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer_of(data)
     if isinstance(data, PasskeyData):
         _check_lengths(data, tokenizer)
         rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
@@ -208,8 +222,12 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     ]
 
 
-def _packed(data: CorpusData | InstructionData, tokenizer: Tokenizer, split: Split, seed: int | None) -> PackedRows | WholeRows:
+def _packed(
+    data: CorpusData | InstructionData | ImageData, tokenizer: Tokenizer | None, split: Split, seed: int | None
+) -> PackedRows | WholeRows | Images:
     """The rows of one split, with its documents in the order of `seed`."""
+    if isinstance(data, ImageData):
+        return load_images(data, split)
     if isinstance(data, InstructionData):
         return WholeRows(load_conversations(data, tokenizer, split), data.length, seed)
     return PackedRows(load_corpus(data.source, tokenizer, split, data.validation_fraction), data.length, seed)

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 
 from infinicontext.data.corpora import load_corpus
+from infinicontext.data.images import ImageData, load_images
 from infinicontext.data.instructions import InstructionData
-from infinicontext.data.pipeline import Data, PasskeyData
-from infinicontext.data.tokenizers import load_tokenizer
+from infinicontext.data.pipeline import Data, PasskeyData, tokenizer_of
 from infinicontext.errors import UserError
+from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
-Task = Literal["perplexity", "passkey"]
+Task = Literal["perplexity", "passkey", "accuracy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,9 @@ def evaluate(
     """
     if "perplexity" in evaluation.tasks and isinstance(data, PasskeyData):
         raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
-    tokenizer = load_tokenizer(data.tokenizer)
+    if isinstance(data, ImageData) != (evaluation.tasks == ("accuracy",)):
+        raise UserError(f"evaluation.tasks is {evaluation.tasks}; images are evaluated by accuracy, and nothing else is")
+    tokenizer = tokenizer_of(data)
     lengths = sorted(set(evaluation.lengths))
     limit = evaluation.capacity if state_grows(model) else max(lengths)
     tasks = {}
@@ -93,6 +96,9 @@ def evaluate(
             "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
             "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
         } | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, segment=evaluation.segment, say=say)
+    if "accuracy" in evaluation.tasks:
+        tasks["accuracy"] = evaluate_accuracy(model, load_images(data, "validation"))
+        say(f"accuracy {tasks['accuracy']['accuracy']:.4f} of {tasks['accuracy']['images']} images")
     if "passkey" in evaluation.tasks:
         readable = [length for length in lengths if length <= limit]
         tasks["passkey"] = evaluate_passkey(

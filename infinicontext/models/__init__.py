@@ -9,12 +9,15 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
+from infinicontext.models.megalodon_classifier import MegalodonClassifier, MegalodonClassifierConfig
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
 
 MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon}
+# These read a row as a whole: the laws of streams are not for them.
+CLASSIFIERS: dict[type, type] = {MegalodonClassifierConfig: MegalodonClassifier}
 
-ModelConfig = TransformerConfig | MegalodonConfig
+ModelConfig = TransformerConfig | MegalodonConfig | MegalodonClassifierConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:
@@ -25,7 +28,7 @@ def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:
     """
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype is float64, which needs the environment variable JAX_ENABLE_X64=1")
-    return MODELS[type(config)](config, rngs)
+    return (MODELS | CLASSIFIERS)[type(config)](config, rngs)
 
 
 def abstract(config: ModelConfig) -> Model:

@@ -100,6 +100,11 @@ class MegalodonConfig:
         """F."""
         return 2 * self.dim if self.feed_forward is None else self.feed_forward
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training needs a dropout key."""
+        return max(self.dropout, self.hidden_dropout, self.attention_dropout) > 0
+
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token's forward pass, averaged over a sequence of `length`; multiply and add count as two."""
         chunks, rest = divmod(length, self.chunk)
@@ -182,7 +187,7 @@ class _Call(NamedTuple):
     rotation: tuple[jax.Array, jax.Array]
 
 
-def _dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
+def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
     """Dropout number `number` of those that share a key; none without a key."""
     if key is None or rate == 0:
         return x
@@ -226,7 +231,7 @@ class Block(nnx.Module):
 
         normed_BTD, norm = self.norm(x_BTD, state.norm, call.starts_BT, call.valid_BT)
         average_BTD, cema = self.cema(normed_BTD, state.cema, call.starts_BT, call.length_B, tables=tables)
-        m_BTD = _dropped(self.cema_norm(average_BTD), config.hidden_dropout, key, 0)
+        m_BTD = dropped(self.cema_norm(average_BTD), config.hidden_dropout, key, 0)
 
         z_BTHK = biased(project(m_BTD, self.z), self.z_bias)
         v_BTHU = jax.nn.silu(biased(project(normed_BTD, self.value), self.value_bias))
@@ -236,9 +241,9 @@ class Block(nnx.Module):
         if key is not None and config.attention_dropout > 0:
             dropout = attention.Dropout(jax.random.fold_in(key, 1), config.attention_dropout, config.attention_dropout_mode)
         o_BTHU = self._attend(q_BTHK, k_BTHK, v_BTHU, state.cache, call, dropout)
-        o_BTHU = _dropped(o_BTHU * r_BTHU, config.hidden_dropout, key, 2)
+        o_BTHU = dropped(o_BTHU * r_BTHU, config.hidden_dropout, key, 2)
         h_BTD = biased(m_BTD @ use(self.direct, dtype), self.direct_bias) + project(o_BTHU, self.output, "bthk,hkd->btd")
-        y_BTD = x_BTD + _dropped(h_BTD, config.dropout, key, 3)
+        y_BTD = x_BTD + dropped(h_BTD, config.dropout, key, 3)
 
         # The residual of the second half is the block's input, not y.
         out_BTD = constrain(x_BTD + self._feed_forward(self.feed_forward_norm(y_BTD), key), ("batch", "context", None))
@@ -271,8 +276,8 @@ class Block(nnx.Module):
         hidden_BTF = jax.nn.silu(x_BTD @ use(self.feed_forward_in, dtype))
         if self.feed_forward_gated is not None:
             hidden_BTF *= x_BTD @ use(self.feed_forward_gated, dtype)
-        y_BTD = _dropped(hidden_BTF, config.hidden_dropout, key, 4) @ use(self.feed_forward_out, dtype)
-        y_BTD = _dropped(y_BTD, config.dropout, key, 5)
+        y_BTD = dropped(hidden_BTF, config.hidden_dropout, key, 4) @ use(self.feed_forward_out, dtype)
+        y_BTD = dropped(y_BTD, config.dropout, key, 5)
         if self.rescale is not None:
             wide = at_least_float32(dtype)
             y_BTD = (y_BTD.astype(wide) * use(self.rescale, wide)[None, None]).astype(dtype)
@@ -349,7 +354,7 @@ class Megalodon(nnx.Module):
         x_BTD = self.embedding(tokens_BT)
         if config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(config.dim), dtype)
-        x_BTD = _dropped(x_BTD, config.dropout, embedding_key, 0)
+        x_BTD = dropped(x_BTD, config.dropout, embedding_key, 0)
         layer = jax.checkpoint(layer) if config.remat else layer
         x_BTD, layers = jax.lax.scan(layer, x_BTD, (self.blocks, state.layers, tables, keys_L))
         layers = layers._replace(cache=attention.write_layers(state.layers.cache, layers.cache, slot_BM))

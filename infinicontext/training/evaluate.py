@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from infinicontext import sharding
-from infinicontext.data.pipeline import validation_batches
-from infinicontext.data.tokenizers import load_tokenizer
+from infinicontext.data.pipeline import tokenizer_of, validation_batches
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import evaluate
 from infinicontext.experiment import Experiment, to_plain
@@ -54,7 +53,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         "step": step,
         "parameters": parameter_count(model),
         "train_length": experiment.train_length,
-        "tokenizer_fingerprint": load_tokenizer(experiment.data.tokenizer).fingerprint(),
+        "tokenizer_fingerprint": tokenizer.fingerprint() if (tokenizer := tokenizer_of(experiment.data)) else "",
     } | result
     for task in record["tasks"].values():
         task["evaluation"] = to_plain(experiment.evaluation)

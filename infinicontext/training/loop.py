@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from infinicontext import sharding
 from infinicontext.data import pipeline
-from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.nn.parameters import parameter_count
@@ -162,11 +161,11 @@ def train(
 
 def check(experiment: Experiment) -> None:
     """Raises UserError if the experiment does not fit its tokenizer or this machine's devices."""
-    size = load_tokenizer(experiment.data.tokenizer).vocab_size
+    size = pipeline.vocabulary_size(experiment.data)
     if experiment.model.vocab_size < size:
-        raise UserError(
-            f"model.vocab_size is {experiment.model.vocab_size}, but data.tokenizer {experiment.data.tokenizer} has {size} tokens"
-        )
+        source = getattr(experiment.data, "tokenizer", None)
+        has = f"data.tokenizer {source} has {size} tokens" if source else f"gray levels and classes of data are {size}"
+        raise UserError(f"model.vocab_size is {experiment.model.vocab_size}, but {has}")
     mesh = sharding.make_mesh(experiment.mesh)
     shards = sharding.batch_divisor(mesh)
     if experiment.batch_size % (shards * experiment.accumulation):

@@ -109,7 +109,7 @@ def load_config(workdir: pathlib.Path, *, whole_paths: bool = True) -> Experimen
         experiment = from_plain(json.loads(path.read_text())["experiment"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if whole_paths and experiment.data.tokenizer == KEPT:
+    if whole_paths and getattr(experiment.data, "tokenizer", None) == KEPT:
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, tokenizer=str(workdir / KEPT)))
     return experiment
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinicontext import models, pretrained, sharding
+from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData, start_and_end
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
@@ -81,7 +82,9 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
 
 
 def _own_tokenizer(experiment: Experiment) -> Tokenizer | None:
-    """A run's tokenizer; None for a converted run that came without one."""
+    """A run's tokenizer; None for images and for a converted run that came without one."""
+    if isinstance(experiment.data, ImageData):
+        return None
     path = pathlib.Path(experiment.data.tokenizer)
     return None if path.name == KEPT and path.is_dir() and not (path / "tokenizer.json").exists() else load_tokenizer(str(path))
 
@@ -191,7 +194,7 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
     with new_folder(target) as folder:
         model = restore(source, experiment.model, mesh, step)[1]
         pretrained.save(model, folder, like=like, length=experiment.train_length, dtype=dtype)
-        named = pathlib.Path(experiment.data.tokenizer)
+        named = pathlib.Path(getattr(experiment.data, "tokenizer", ""))
         if like is None and named.is_dir():
             copy_side_files(named, folder)
         elif like is None and named.is_file():
