@@ -15,10 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from infinicontext import models
+from infinicontext.errors import UserError
+from infinicontext.inference.generate import Generation, generate
+from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.nn.cema import CEMA, cema_tables
+from infinicontext.nn.parameters import parameter_count
 from infinicontext.nn.timestep_norm import TimestepNorm
+from infinicontext.objectives.next_token import token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +37,27 @@ class Size:
     dim: int = 256
     rounds: int = 9
 
+    def __post_init__(self):
+        for name in ("batch", "length", "dim", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 or more")
+
 
 class Candidate:
-    """A function and its arguments, compiled once."""
+    """A function and its arguments, compiled once; `compiled` False for one that compiles its parts itself."""
 
-    def __init__(self, function: Callable, *arguments: Any):
-        self.compiled = jax.jit(function).lower(*arguments).compile()
-        self.arguments = arguments
-        self.temp_bytes = self.compiled.memory_analysis().temp_size_in_bytes
+    def __init__(self, function: Callable, *arguments: Any, compiled: bool = True):
+        self.function, self.arguments, self.temp_bytes = function, arguments, 0
+        if compiled:
+            self.function = jax.jit(function).lower(*arguments).compile()
+            self.temp_bytes = self.function.memory_analysis().temp_size_in_bytes
         self.seconds: list[float] = []
         self.run()
 
     def run(self) -> float:
         """Seconds of one call."""
         clock = time.perf_counter()
-        jax.block_until_ready(self.compiled(*self.arguments))
+        jax.block_until_ready(self.function(*self.arguments))
         return time.perf_counter() - clock
 
 
@@ -59,10 +72,10 @@ def table(title: str, candidates: dict[str, Candidate], columns: dict[str, Calla
     """Prints medians and best times, what `columns` make of the median, and each median as a multiple of the first line's."""
     first = statistics.median(next(iter(candidates.values())).seconds)
     width = max(map(len, candidates)) + 2
-    print(f"\n{title}\n{'':{width}}{'median ms':>11}{'best ms':>10}" + "".join(f"{name:>14}" for name in columns) + f"{'x first':>10}")
+    print(f"\n{title}\n{'':{width}}{'median ms':>11}{'best ms':>10}" + "".join(f"{name:>16}" for name in columns) + f"{'x first':>10}")
     for name, candidate in candidates.items():
         median = statistics.median(candidate.seconds)
-        cells = "".join(f"{column(median, candidate):>14}" for column in columns.values())
+        cells = "".join(f"{column(median, candidate):>16}" for column in columns.values())
         print(f"{name:{width}}{1e3 * median:11.2f}{1e3 * min(candidate.seconds):10.2f}{cells}{median / first:10.2f}")
 
 
@@ -145,6 +158,72 @@ def bench_timestep_norm(size: Size, groups: int = 32) -> None:
     interleave(forward | {f"{name} gradient": value for name, value in gradient.items()}, size.rounds)
     table("Timestep normalisation forward", forward, per)
     table("Timestep normalisation forward and gradient", gradient, per)
+
+
+def bench_megalodon(size: Size, new_tokens: int = 200) -> None:
+    """A 4-layer model (chunk 256) forward, in training, in training with packed documents, and decoding; megalodon-jax."""
+    B, T, D = size.batch, size.length, size.dim
+    sizes = {"z": D // 4, "value": 2 * D, "ffn": 5 * D // 2}
+    config = MegalodonConfig(
+        vocab_size=256, dim=D, layers=4, z_dim=sizes["z"], value_dim=sizes["value"], feed_forward=sizes["ffn"], swiglu=False, remat=False
+    )
+    model = models.build(config, nnx.Rngs(0))
+    tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, 256, jnp.int32)
+    documents_BT = (jnp.arange(T)[None] // 500 + 1).repeat(B, axis=0)
+
+    def loss(model, tokens_BT, documents_BT=None):
+        hidden_BTD, _ = model.hidden(tokens_BT[:, :-1], model.init_state(B), documents_BT)
+        return jnp.mean(token_losses(model, hidden_BTD, tokens_BT[:, 1:]))
+
+    prompt_BT = tokens_BT[:, :100]
+    decode = lambda: [row.tokens for row in generate(model, list(np.asarray(prompt_BT)), Generation(max_new_tokens=new_tokens))]
+    tables = {
+        "forward": {"ours": Candidate(lambda model, tokens_BT: model(tokens_BT[:, :-1], model.init_state(B))[0], model, tokens_BT)},
+        "training: loss and gradient": {"ours": Candidate(jax.value_and_grad(loss), model, tokens_BT)},
+        "training, documents of 500": {"ours": Candidate(jax.value_and_grad(loss), model, tokens_BT, documents_BT)},
+        f"decoding {new_tokens} tokens, prompt of 100 included": {"ours": Candidate(decode, compiled=False)},
+    }
+    if peer := _peer("megalodon_jax", "MegalodonForCausalLM"):
+        import equinox
+        import megalodon_jax
+
+        theirs = peer(
+            megalodon_jax.MegalodonConfig(
+                vocab_size=256,
+                model_dim=D,
+                num_layers=4,
+                z_dim=sizes["z"],
+                value_dim=sizes["value"],
+                ffn_hidden_dim=sizes["ffn"],
+                chunk_size=config.chunk,
+                norm_num_groups=config.norm_groups,
+            ),
+            key=jax.random.key(0),
+        )
+        weights, rest = equinox.partition(theirs, equinox.is_inexact_array)
+
+        def their_loss(weights, tokens_BT, documents_BT=None):
+            # Their labels are shifted inside.
+            return equinox.combine(weights, rest).compute_loss(tokens_BT[:, :-1], tokens_BT[:, :-1], segment_ids=documents_BT)
+
+        forward, training, packed, decoding = tables.values()
+        forward["megalodon-jax"] = Candidate(
+            lambda weights, tokens_BT: equinox.combine(weights, rest)(tokens_BT[:, :-1])[0], weights, tokens_BT
+        )
+        training["megalodon-jax"] = Candidate(jax.value_and_grad(their_loss), weights, tokens_BT)
+        packed["megalodon-jax"] = Candidate(jax.value_and_grad(their_loss), weights, tokens_BT, documents_BT)
+        decoding["megalodon-jax"] = Candidate(
+            lambda: megalodon_jax.generate(theirs, prompt_BT, new_tokens, temperature=0.0)[0], compiled=False
+        )
+    print(f"{machine()}\nB {B}, T {T}, D {D}, {parameter_count(model):,} parameters")
+    for title, candidates in tables.items():
+        interleave(candidates, size.rounds)
+        tokens = B * (new_tokens if "decoding" in title else T)
+        temp = {} if "decoding" in title else {"temp MiB": lambda _, candidate: f"{candidate.temp_bytes / 2**20:.0f}"}
+        table(title, candidates, {"tokens/s": lambda seconds, _, tokens=tokens: f"{tokens / seconds:,.0f}"} | temp)
+
+
+BENCHMARKS = {"cema": bench_cema, "timestep_norm": bench_timestep_norm, "megalodon": bench_megalodon}
 
 
 def _temp(input_bytes: int) -> dict[str, Callable]:

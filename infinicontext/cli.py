@@ -1,4 +1,4 @@
-"""The command line: train, eval, sweep, compare, generate, convert, info.
+"""The command line: train, eval, sweep, compare, generate, convert, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
@@ -141,6 +141,13 @@ def make_parser() -> Parser:
     command.add_argument("--to", choices=("run", "huggingface"), help="default: the other kind")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+    command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon"))
+    command.add_argument("--batch", type=int, default=1)
+    command.add_argument("--length", type=int, default=4096)
+    command.add_argument("--dim", type=int, default=256)
+    command.add_argument("--rounds", type=int, default=9, help="medians are of so many")
 
     command = add("info", run_info, f"Devices and versions, and what an experiment needs. {fields}", takes_overrides=True)
     command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION or a run folder")
@@ -291,6 +298,14 @@ def run_convert(options: argparse.Namespace) -> None:
 def all_on_tensor() -> jax.sharding.Mesh:
     """The mesh for a single stream: all devices share each layer."""
     return sharding.make_mesh(sharding.MeshConfig(data=1, tensor=jax.device_count()))
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """infinicontext bench cema|timestep_norm|megalodon [--batch B] [--length T] [--dim D] [--rounds N]"""
+    # Here, because nothing else needs it.
+    from infinicontext.bench import BENCHMARKS, Size
+
+    BENCHMARKS[options.what](Size(options.batch, options.length, options.dim, options.rounds))
 
 
 def run_info(options: argparse.Namespace) -> None:
