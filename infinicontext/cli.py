@@ -134,11 +134,11 @@ def make_parser() -> Parser:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
-    text = "Convert a Hugging Face folder to a run folder, or a run's model to a Hugging Face folder or to a run folder of its own."
+    text = "Convert a Hugging Face folder or an official MEGALODON to a run folder, or a run's model to one of these or a run of its own."
     command = add("convert", run_convert, text)
     command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
     command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
-    command.add_argument("--to", choices=("run", "huggingface"), help="default: the other kind")
+    command.add_argument("--to", choices=("run", "huggingface", "megalodon"), help="default: run, and for a run huggingface")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
@@ -281,15 +281,17 @@ def run_convert(options: argparse.Namespace) -> None:
     from_run = weights.is_run(options.source)
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
-    if not from_run and to == "huggingface":
-        raise UserError(f"{options.source} is a Hugging Face folder already, or none of both; copy it")
-    if options.dtype and to == "run":
-        raise UserError("--dtype goes with --to huggingface; a run's parameters are float32")
+    if not from_run and to != "run":
+        raise UserError(f"{options.source} is no run folder; convert it to one first, --to run")
+    if options.dtype and to != "huggingface":
+        raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
     if options.step is not None and not from_run:
         raise UserError(f"--step is {options.step}, but {options.source} is no run folder and has no checkpoints")
     with jax.set_mesh(mesh):
         if to == "huggingface":
             weights.to_huggingface(options.source, options.target, mesh, dtype=options.dtype, step=options.step)
+        elif to == "megalodon":
+            weights.to_megalodon(options.source, options.target, mesh, step=options.step)
         else:
             weights.to_run(options.source, options.target, mesh, step=options.step, command=options.line)
     print(options.target)

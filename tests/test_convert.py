@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from infinicontext import models, pretrained
 from infinicontext.cli import all_on_tensor, main
 from infinicontext.data.tokenizers import word_tokenizer
-from infinicontext.models import TransformerConfig
+from infinicontext.models import MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig
 from infinicontext.training.weights import load_model, stop_ids
 
@@ -167,7 +167,7 @@ def test_wrong_input_is_one_sentence(folder, run, tmp_path, capsys):
     before = sorted(path.name for path in run.iterdir())
     assert "exists already" in fails(capsys, "convert", folder, run)
     assert "exists already" in fails(capsys, "convert", run, folder)
-    assert "Hugging Face folder already" in fails(capsys, "convert", folder, tmp_path / "new", "--to", "huggingface")
+    assert "is no run folder; convert it to one first" in fails(capsys, "convert", folder, tmp_path / "new", "--to", "huggingface")
     assert "--dtype goes with" in fails(capsys, "convert", folder, tmp_path / "new", "--dtype", "bfloat16")
     assert "--step is 3" in fails(capsys, "convert", folder, tmp_path / "new", "--step", "3")
     assert "--step is 3" in fails(capsys, "generate", "a", "--model", folder, "--step", "3")
@@ -211,6 +211,18 @@ def test_a_run_trained_with_another_tokenizer_forgets_the_old_one(tmp_path, caps
     other = ("--start-from", tmp_path / "bytes", "--model.tied-embeddings", "True", "--workdir", tmp_path / "other")
     capsys.readouterr()
     assert "with other parameters, in 1 places" in fails(capsys, "train", f"{tmp_path}/experiments.py:tune", *other)
+
+
+def test_official_megalodon_there_and_back(tmp_path, capsys):
+    config = MegalodonConfig(vocab_size=17, dim=12, layers=2, heads=2, z_dim=8, value_dim=12, feed_forward=16, cema_order=2, norm_groups=4)
+    model = models.build(config, nnx.Rngs(0))
+    pretrained.megalodon.save(model, tmp_path / "official", shards=2)
+    main(["convert", str(tmp_path / "official"), str(tmp_path / "run")])
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "back"), "--to", "megalodon"])
+    for one, other in zip(jax.tree.leaves(pretrained.megalodon.load(tmp_path / "back")), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "transformers has no Megalodon" in fails(capsys, "convert", tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(folder, tmp_path, capsys):

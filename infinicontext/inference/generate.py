@@ -6,7 +6,7 @@ longest of them.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -60,24 +60,36 @@ class Completion(NamedTuple):
     finish: Literal["stop", "length"]
 
 
-def generate(model: Model, prompts: Sequence[Sequence[int]], options: Generation = Generation()) -> list[Completion]:
+def generate(model: Model, prompts: Sequence[Sequence[int]], options: Generation = Generation(), **how) -> list[Completion]:
     """Continues each prompt; rows do not depend on one another, except under rope_policy hf.
+
+    Args:
+      model: any model.
+      prompts: token ids of each row.
+      options: how tokens are chosen.
+      how: `first_row` and `read` of `stream`.
 
     Raises:
       UserError: as `stream`.
     """
-    bursts = zip(*stream(model, prompts, options, burst=options.max_new_tokens))
+    bursts = zip(*stream(model, prompts, options, burst=options.max_new_tokens, **how))
     return [Completion(np.concatenate([part.tokens for part in parts]), parts[-1].finish) for parts in bursts]
 
 
 def stream(
-    model: Model, prompts: Sequence[Sequence[int]], options: Generation = Generation(), *, burst: int = 16, first_row: int = 0
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    options: Generation = Generation(),
+    *,
+    burst: int = 16,
+    first_row: int = 0,
+    read: Callable[..., Any] | None = None,
 ) -> Iterator[list[Completion]]:
     """Yields what each row gained, `burst` steps at a time, until all rows have stopped.
 
     The whole of a burst is one compiled loop. Programs are compiled for the number of rows and for lengths rounded up. What may become a
     stop sequence is held back. `first_row` is the number of the first prompt, where a long list is worked off in batches: random numbers
-    go by it.
+    go by it. `read` replaces `read_prompts`, for prompts that are to be read in another way (inference/norm_refresh.py).
 
     Raises:
       UserError: no prompts, an empty one, ids outside the vocabulary, a rope_policy that means nothing for this model, or logits that are
@@ -109,8 +121,8 @@ def stream(
     for until, planned_B in _phases(model, lengths_B, options):
         if carry.state is not None and np.asarray(carry.done_B).all():
             return
-        read = [np.concatenate([prompt, row])[:-1] for prompt, row in zip(prompts, rows)]
-        carry = carry._replace(state=_read(model, read, int(lengths_B.max()) + total, planned_B, options.segment))
+        texts = [np.concatenate([prompt, row])[:-1] for prompt, row in zip(prompts, rows)]
+        carry = carry._replace(state=(read or read_prompts)(model, texts, int(lengths_B.max()) + total, planned_B, options.segment))
         while step < until and not np.asarray(carry.done_B).all():
             carry = _decode(model, carry, jnp.int32(min(step + burst, until)), sampling, stop_JS, **how)
             if not carry.finite:
@@ -153,7 +165,7 @@ def _rounded(length: int) -> int:
     return -(-length // 64) * 64
 
 
-def _read(model: Model, rows: list[np.ndarray], length: int, planned_B: np.ndarray, segment: int) -> Any:
+def read_prompts(model: Model, rows: list[np.ndarray], length: int, planned_B: np.ndarray, segment: int) -> Any:
     """The state after rows of unequal length, with room for `length` tokens each."""
     state = _empty(model, planned_B, _rounded(length))
     longest = max(map(len, rows))

@@ -7,12 +7,15 @@ generation therefore read in calls of two chunks and, from the eighth chunk on, 
 over the last six chunks; CEMA and attention go on as before. Plain streaming (models/streaming.py: `read`) gives other numbers there.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from infinicontext.errors import UserError
 from infinicontext.models.megalodon import Megalodon, MegalodonState
 
 
@@ -68,3 +71,22 @@ def read_with_norm_refresh(
 
 def _cut(tree, begin, length: int):
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, length, axis=1), tree)
+
+
+def reader(refresh: tuple[int, int, int] = (8, 6, 2)) -> Callable[..., MegalodonState]:
+    """How `generate.stream` reads prompts as the official generation does: `generate(model, prompts, options, read=reader())`.
+
+    The function raises UserError where prompts differ in length.
+    """
+
+    def read(model: Megalodon, rows: list[np.ndarray], *_) -> MegalodonState:
+        if len({len(row) for row in rows}) > 1:
+            raise UserError("prompts that are read with refreshed norm statistics must be of one length, or come one at a time")
+        return _read(model, np.stack(rows), refresh)
+
+    return read
+
+
+@functools.partial(jax.jit, static_argnames="refresh")
+def _read(model: Megalodon, tokens_BL: jax.Array, refresh: tuple[int, int, int]) -> MegalodonState:
+    return read_with_norm_refresh(model, tokens_BL, refresh=refresh)[1]

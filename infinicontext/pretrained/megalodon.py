@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import shutil
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 
 from infinicontext import models
 from infinicontext.errors import UserError
-from infinicontext.files import read_json
+from infinicontext.files import new_folder, read_json
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.nn.rope import RopeConfig, rope_table
 from infinicontext.pretrained.placement import Read, fill, parameter_paths
@@ -298,32 +297,24 @@ def save(model: Megalodon, path: str | pathlib.Path, shards: int = 1, *, suffix:
     for name in ("heads", "norm_groups", "feed_forward_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise UserError(f"shards is {shards}; it must be 1 or more and divide model.{name}, {getattr(config, name)}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose a new folder")
     parameters, layout = parameter_paths(model), _layout(config)
     label = "bf16" if parameters["embedding/table"].dtype == ml_dtypes.bfloat16 else "fp32"
 
-    temporary = path.with_name(path.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror}") from error
-    for number in range(shards):
-        tensors = _tensors(config, parameters, np.dtype(_DTYPES[label]))
-        for name, tensor in tensors.items():
-            axis = layout[name].shard_axis
-            tensors[name] = np.asarray(tensor if axis is None else np.split(tensor, shards, axis)[number], order="C")
-        file = temporary / f"consolidated{'' if shards == 1 else f'.{number:02}'}{suffix}"
-        save_pth(tensors, file) if suffix == ".pth" else save_file(tensors, file)
     official = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     official |= {"z_dim": config.z_size, "value_dim": config.value_size, "ffn_hidden_dim": config.feed_forward_size}
     official |= {"vocab_size": config.vocab_size, "output_size": -1, "rope_base": config.rope_base}
     official["efficient_attn"] = "fused" if config.attention_dropout_mode == "dropkey" else None
     record = {"model": official, "tokenizer": {"path": "tokenizer.model"}, "model_parallel_size": shards, "chunk_parallel_size": 1}
-    _write_json(temporary / "config.json", record)
-    _write_json(temporary / "consolidate_config.json", {"model_parallel_size": shards, "dtype": label})
-    temporary.replace(path)
+    with new_folder(path) as folder:
+        for number in range(shards):
+            tensors = _tensors(config, parameters, np.dtype(_DTYPES[label]))
+            for name, tensor in tensors.items():
+                axis = layout[name].shard_axis
+                tensors[name] = np.asarray(tensor if axis is None else np.split(tensor, shards, axis)[number], order="C")
+            file = folder / f"consolidated{'' if shards == 1 else f'.{number:02}'}{suffix}"
+            save_pth(tensors, file) if suffix == ".pth" else save_file(tensors, file)
+        _write_json(folder / "config.json", record)
+        _write_json(folder / "consolidate_config.json", {"model_parallel_size": shards, "dtype": label})
 
 
 def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Models in folders: a run folder holds ours, a Hugging Face folder a pretrained Transformer. Both are read wherever a model is asked for.
+"""Models in folders: a run folder holds ours, a Hugging Face folder a pretrained Transformer, one with consolidate_config.json an official
+MEGALODON. All are read wherever a model is asked for.
 
 A run folder that came from Hugging Face keeps the small files of that folder (config.json, tokenizer, chat template) in huggingface/.
 """
@@ -69,7 +70,7 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
     elif step is not None:
         raise UserError(f"--step is {step}, but {folder} is no run folder and has no checkpoints")
     else:
-        model = pretrained.load(folder, mesh, dtype)
+        model = _load_pretrained(folder, mesh, dtype)
         kept = folder if (folder / "tokenizer.json").exists() else None
         tokenizer = load_tokenizer(str(folder)) if kept else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
@@ -96,6 +97,12 @@ def _kept(run: pathlib.Path, experiment: Experiment) -> pathlib.Path | None:
     tokenizer = _own_tokenizer(experiment)
     same = tokenizer is not None and tokenizer.fingerprint() == load_tokenizer(str(run / KEPT)).fingerprint()
     return run / KEPT if same else None
+
+
+def _load_pretrained(folder: pathlib.Path, mesh: Mesh, dtype: str | None = None) -> Model:
+    """What a folder that is no run holds."""
+    official = (folder / "consolidate_config.json").exists()
+    return pretrained.megalodon.load(folder, mesh, dtype) if official else pretrained.load(folder, mesh, dtype)
 
 
 def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | None = None) -> tuple[int, Model]:
@@ -132,7 +139,8 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Mod
     if is_run(folder):
         return restore(folder, config, mesh)[1]
     if not isinstance(config, models.TransformerConfig):
-        raise UserError(f"start_from {folder} holds no {type(config).__name__.removesuffix('Config')}; give a run folder that does")
+        kind = type(config).__name__.removesuffix("Config")
+        raise UserError(f"start_from {folder} is no run folder of a {kind}; infinicontext convert makes one of an official checkpoint")
     return pretrained.load(folder, mesh, config=config)
 
 
@@ -164,7 +172,7 @@ def to_run(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int 
             experiment = load_config(source, whole_paths=False)
             step, model = restore(source, experiment.model, mesh, step)
         else:
-            step, model = 0, pretrained.load(source, mesh)
+            step, model = 0, _load_pretrained(source, mesh)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
         keep_files(source, folder)
         checkpoints = Checkpoints(folder, keep=1)
@@ -199,6 +207,15 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
             copy_side_files(named, folder)
         elif like is None and named.is_file():
             shutil.copy(named, folder / "tokenizer.json")
+
+
+def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None) -> None:
+    """Writes a run's MEGALODON as a checkpoint of the official code.
+
+    Raises:
+      UserError: the run has another architecture, cannot be read, or the target is not new.
+    """
+    pretrained.megalodon.save(restore(source, load_config(source).model, mesh, step)[1], target)
 
 
 def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
