@@ -122,10 +122,10 @@ def test_meshes_equal_one_device(sizes, float64):
 
 def test_one_long_document(float64):
     """Without segment ids, chunks that cross the borders of shards; and no device sees the whole sequence of even one row."""
-    model, state = whole(model_and_state())
+    (model, state), expected = whole(model_and_state()), unpacked_on_one_device()
     with jax.set_mesh(make_mesh(CONTEXT_4)):
         compiled = jax.jit(model.hidden).lower(TOKENS_BT, state).compile(compiler_options=QUICK)
-        assert_close(compiled(TOKENS_BT, state), unpacked_on_one_device())
+        assert_close(compiled(TOKENS_BT, state), expected)
     assert 0 < max(collectives(compiled)) < T * D
 
 
