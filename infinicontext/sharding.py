@@ -24,6 +24,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "channels": "tensor",
+    "norm_groups": "tensor",
 }
 
 

@@ -9,6 +9,7 @@ rotary positions count from the start of a document. The equations are those of 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from infinicontext.errors import UserError
-from infinicontext.nn import attention, cursor
+from infinicontext.nn import attention, context, cursor
 from infinicontext.nn.attention import Cache, Slots
 from infinicontext.nn.cema import CEMA, CemaState, cema_tables
 from infinicontext.nn.cursor import Cursor, Place
@@ -181,7 +182,6 @@ class _Call(NamedTuple):
     starts_BT: jax.Array | None  # bool, where a document starts; None: nowhere but before the first token
     length_B: jax.Array | None  # int32, tokens that are not padding; None: T
     valid_BT: jax.Array | None
-    held_B: jax.Array  # int32, tokens in the cache that belong to the chunk of the row's first token
     slots: Slots  # what the cache holds before the call
     stays_BM: jax.Array  # int32, the tokens of the call that the cache holds after it
     rotation: tuple[jax.Array, jax.Array]
@@ -229,8 +229,8 @@ class Block(nnx.Module):
         project = lambda x, weight, equation="btd,dhk->bthk": jnp.einsum(equation, x, use(weight, dtype))
         biased = lambda x, bias: x + use(bias, dtype)[None, None]
 
-        normed_BTD, norm = self.norm(x_BTD, state.norm, call.starts_BT, call.valid_BT)
-        average_BTD, cema = self.cema(normed_BTD, state.cema, call.starts_BT, call.length_B, tables=tables)
+        normed_BTD, norm = context.timestep_norm(self.norm, x_BTD, state.norm, call.starts_BT, call.valid_BT)
+        average_BTD, cema = context.cema(self.cema, normed_BTD, state.cema, call.starts_BT, call.length_B, tables)
         m_BTD = dropped(self.cema_norm(average_BTD), config.hidden_dropout, key, 0)
 
         z_BTHK = biased(project(m_BTD, self.z), self.z_bias)
@@ -240,7 +240,8 @@ class Block(nnx.Module):
         dropout = None
         if key is not None and config.attention_dropout > 0:
             dropout = attention.Dropout(jax.random.fold_in(key, 1), config.attention_dropout, config.attention_dropout_mode)
-        o_BTHU = self._attend(q_BTHK, k_BTHK, v_BTHU, state.cache, call, dropout)
+        attend = functools.partial(self._attend, packed=call.starts_BT is not None)
+        o_BTHU = context.attention(attend, q_BTHK, k_BTHK, v_BTHU, call.place, state.cache, call.slots, dropout)
         o_BTHU = dropped(o_BTHU * r_BTHU, config.hidden_dropout, key, 2)
         h_BTD = biased(m_BTD @ use(self.direct, dtype), self.direct_bias) + project(o_BTHU, self.output, "bthk,hkd->btd")
         y_BTD = x_BTD + dropped(h_BTD, config.dropout, key, 3)
@@ -259,17 +260,18 @@ class Block(nnx.Module):
         q_BTHK, k_BTHK = (apply_rope(image_BTHK, *rotation, neighbours=True).astype(z_BTHK.dtype) for image_BTHK in images)
         return q_BTHK, k_BTHK
 
-    def _attend(self, q_BTHK, k_BTHK, v_BTHU, cache: Cache, call: _Call, dropout) -> jax.Array:
+    def _attend(self, q_BTHK, k_BTHK, v_BTHU, place: Place, cache: Cache, slots: Slots, dropout, *, packed: bool) -> jax.Array:
         """o_BTHU: each token's attention over its chunk, up to and including itself."""
         C = self.config.chunk
+        held_B = place.position_BT[:, 0] % C  # slots that belong to the chunk of the row's first token
         if q_BTHK.shape[1] == 1 and dropout is None:
-            seen_B1C = (jnp.arange(C, dtype=jnp.int32)[None] < call.held_B[:, None])[:, None]
+            seen_B1C = (jnp.arange(C, dtype=jnp.int32)[None] < held_B[:, None])[:, None]
             return attention.attend_one(q_BTHK, k_BTHK, v_BTHU, cache, seen_B1C, scale=1.0)
-        if call.starts_BT is None and q_BTHK.shape[1] >= C:
-            return attention.chunk_attention(q_BTHK, k_BTHK, v_BTHU, cache, call.held_B, scale=1.0, dropout=dropout)
+        if not packed and q_BTHK.shape[1] >= C:
+            return attention.chunk_attention(q_BTHK, k_BTHK, v_BTHU, cache, held_B, scale=1.0, dropout=dropout)
         # In the ring token number i is in slot i mod C; here i counts from the start of the document.
-        place, reach = call.place._replace(index_BT=call.place.position_BT), attention.block_sliding(C, 0)
-        return attention.window_attention(q_BTHK, k_BTHK, v_BTHU, place, cache, call.slots, reach, scale=1.0, dropout=dropout)
+        place, reach = place._replace(index_BT=place.position_BT), attention.block_sliding(C, 0)
+        return attention.window_attention(q_BTHK, k_BTHK, v_BTHU, place, cache, slots, reach, scale=1.0, dropout=dropout)
 
     def _feed_forward(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         config, dtype = self.config, x_BTD.dtype
@@ -306,6 +308,7 @@ class Megalodon(nnx.Module):
         def of_layer(block: Block) -> LayerState:
             slots = (batch_size, config.chunk, config.heads)
             cache = Cache(*(jnp.zeros((*slots, size // config.heads), config.dtype) for size in (config.z_size, config.value_size)))
+            cache = jax.tree.map(lambda x: constrain(x, ("batch", None, "heads", None)), cache)
             return LayerState(block.norm.init_state(batch_size, config.dtype), block.cema.init_state(batch_size, wide), cache)
 
         start = cursor.start(batch_size, (capacity or 0) if planned is None else planned)
@@ -358,7 +361,7 @@ class Megalodon(nnx.Module):
         layer = jax.checkpoint(layer) if config.remat else layer
         x_BTD, layers = jax.lax.scan(layer, x_BTD, (self.blocks, state.layers, tables, keys_L))
         layers = layers._replace(cache=attention.write_layers(state.layers.cache, layers.cache, slot_BM))
-        hidden_BTD, final_norm = self.final_norm(x_BTD, state.final_norm, call.starts_BT, call.valid_BT)
+        hidden_BTD, final_norm = context.timestep_norm(self.final_norm, x_BTD, state.final_norm, call.starts_BT, call.valid_BT)
         return hidden_BTD, MegalodonState(next_cursor, layers, final_norm)
 
     def _call(self, before: Cursor, place: Place, packed: bool) -> tuple[_Call, jax.Array]:
@@ -385,7 +388,7 @@ class Megalodon(nnx.Module):
         if config.rope_frequencies is not None:
             table = RopeTable(np.array(config.rope_frequencies, np.float64), 1.0)
         rotation = rope_cos_sin(fixed_point(table), place.position_BT % C, at_least_float32(config.dtype))
-        return _Call(place, starts_BT, length_B, valid_BT, place.position_BT[:, 0] % C, slots, stays_BM, rotation), slot_BM
+        return _Call(place, starts_BT, length_B, valid_BT, slots, stays_BM, rotation), slot_BM
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """hidden_BTD -> logits_BTV in float32 or wider."""

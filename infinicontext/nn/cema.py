@@ -26,6 +26,7 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.nn.parameters import at_least_float32, normal, use
+from infinicontext.sharding import constrain
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -68,7 +69,7 @@ class CEMA(nnx.Module):
 
     def init_state(self, batch_size: int, dtype: jnp.dtype | str = "float32") -> CemaState:
         """The state before the first token, in float32 or float64."""
-        zeros_BDN = jnp.zeros((batch_size, *self.alpha.shape), dtype)
+        zeros_BDN = constrain(jnp.zeros((batch_size, *self.alpha.shape), dtype), ("batch", "channels", None))
         return CemaState(zeros_BDN, zeros_BDN)
 
     def __call__(

@@ -21,6 +21,7 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.nn.parameters import at_least_float32, constant, use
+from infinicontext.sharding import constrain
 
 
 class TimestepNormState(NamedTuple):
@@ -71,7 +72,7 @@ class TimestepNorm(nnx.Module):
 
     def init_state(self, batch_size: int, dtype: jnp.dtype | str = jnp.float32) -> TimestepNormState:
         """The state before a document's first token, for x of `dtype`: the prior, or else mean 0 and variance 1 that count as nothing."""
-        zeros_BG = jnp.zeros((batch_size, self.groups), at_least_float32(dtype))
+        zeros_BG = constrain(jnp.zeros((batch_size, self.groups), at_least_float32(dtype)), ("batch", "norm_groups"))
         mean_BG, variance_BG = zeros_BG, zeros_BG + 1
         if self.prior_count > 0:
             mean_BG = zeros_BG + use(self.prior_mean, zeros_BG.dtype)[None]
