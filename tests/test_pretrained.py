@@ -220,8 +220,9 @@ def test_each_device_reads_only_its_slice(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_slice_is_read_in_little_more_than_its_own_memory(tmp_path, stored, dtype):
+def test_a_slice_is_read_in_little_more_than_its_own_memory(tmp_path, monkeypatch, stored, dtype):
     """Of the largest tensors, stacked and not, for a mesh: at most 1.3 times the slice, its copy on the way included."""
+    monkeypatch.setattr(huggingface, "_SLAB", 2**16)  # as small beside these slices as the real one is beside real slices
     config = dataclasses.replace(TINY, vocab_size=20000, dim=512, layers=1, feed_forward=20000)
     pretrained.save(models.build(config, nnx.Rngs(0)), tmp_path / "out", dtype=stored)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4))
@@ -236,7 +237,7 @@ def test_a_slice_is_read_in_little_more_than_its_own_memory(tmp_path, stored, dt
             size = read(index).nbytes
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            assert size <= peak < 1.3 * size + 4 * huggingface._SLAB, name
+            assert size <= peak < 1.3 * size, (name, peak / size)
 
 
 def test_another_config_reads_the_same_weights(tmp_path):
