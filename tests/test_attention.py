@@ -160,3 +160,7 @@ def test_forms_of_attention_agree():
     chunks = functools.partial(attention.chunk_attention, q, k, v, cache, held_B, scale=0.7)
     for form in (functools.partial(window, fold=False), functools.partial(window, fold=True), functools.partial(chunks, fold=False)):
         chex.assert_trees_all_close(form(), chunks(fold=True), atol=1e-5)
+    # Rows that are known to begin a chunk need no laying out.
+    begin = functools.partial(attention.chunk_attention, q, k, v, cache)
+    for fold in (False, True):
+        chex.assert_trees_all_close(begin(None, fold=fold), begin(held_B * 0, fold=True), atol=1e-5)

@@ -171,7 +171,7 @@ def intermediates(model, given):
         "wv_presilu": project(given["timenorm"], block.value, block.value_bias),
         "v": jax.nn.silu(given["wv_presilu"]),
         "wr_presilu": project(given["mx"], block.gate, block.gate_bias),
-        "attn": flat(block._attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None, packed=False)),
+        "attn": flat(block._attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None, packed=False, fresh=False)),
         "wh1": given["mx"] @ block.direct[...] + row(block.direct_bias),
         "wh2": jnp.einsum("bthk,hkd->btd", gated_BTHU, block.output[...]),
         "mega_out": given["block_in"] + given["wh1"] + given["wh2"],

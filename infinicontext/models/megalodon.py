@@ -11,6 +11,7 @@ rotary positions count from the start of a document. The equations are those of 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import chex
@@ -179,6 +180,7 @@ class _Call(NamedTuple):
     """What all layers of a call share."""
 
     place: Place
+    fresh: bool  # known to begin an empty state
     starts_BT: jax.Array | None  # bool, where a document starts; None: nowhere but before the first token
     length_B: jax.Array | None  # int32, tokens that are not padding; None: T
     valid_BT: jax.Array | None
@@ -193,6 +195,11 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> ja
         return x
     kept = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape)
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+def _keeping_products(function: Callable) -> Callable:
+    """The function, of which the backward pass keeps inputs and matrix products; the rest is cheaper to compute again than to store."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
 
 
 class Block(nnx.Module):
@@ -225,31 +232,36 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, state: LayerState, tables, call: _Call, key: jax.Array | None) -> tuple[jax.Array, LayerState]:
         """x_BTD, the layer's state before the call, its CEMA tables -> x_BTD, its state; the cache is the M slots that change."""
-        config, dtype = self.config, x_BTD.dtype
-        project = lambda x, weight, equation="btd,dhk->bthk": jnp.einsum(equation, x, use(weight, dtype))
-        biased = lambda x, bias: x + use(bias, dtype)[None, None]
-
+        config = self.config
         normed_BTD, norm = context.timestep_norm(self.norm, x_BTD, state.norm, call.starts_BT, call.valid_BT)
         average_BTD, cema = context.cema(self.cema, normed_BTD, state.cema, call.starts_BT, call.length_B, tables)
-        m_BTD = dropped(self.cema_norm(average_BTD), config.hidden_dropout, key, 0)
-
-        z_BTHK = biased(project(m_BTD, self.z), self.z_bias)
-        v_BTHU = jax.nn.silu(biased(project(normed_BTD, self.value), self.value_bias))
-        r_BTHU = jax.nn.silu(biased(project(m_BTD, self.gate), self.gate_bias))
-        q_BTHK, k_BTHK = self._queries_and_keys(z_BTHK, call.rotation)
+        m_BTD, q_BTHK, k_BTHK, v_BTHU, gate_BTHU = _keeping_products(self._projections)(normed_BTD, average_BTD, call.rotation, key)
         dropout = None
         if key is not None and config.attention_dropout > 0:
             dropout = attention.Dropout(jax.random.fold_in(key, 1), config.attention_dropout, config.attention_dropout_mode)
-        attend = functools.partial(self._attend, packed=call.starts_BT is not None)
+        attend = functools.partial(self._attend, packed=call.starts_BT is not None, fresh=call.fresh)
         o_BTHU = context.attention(attend, q_BTHK, k_BTHK, v_BTHU, call.place, state.cache, call.slots, dropout)
-        o_BTHU = dropped(o_BTHU * r_BTHU, config.hidden_dropout, key, 2)
-        h_BTD = biased(m_BTD @ use(self.direct, dtype), self.direct_bias) + project(o_BTHU, self.output, "bthk,hkd->btd")
-        y_BTD = x_BTD + dropped(h_BTD, config.dropout, key, 3)
-
-        # The residual of the second half is the block's input, not y.
-        out_BTD = constrain(x_BTD + self._feed_forward(self.feed_forward_norm(y_BTD), key), ("batch", "context", None))
+        out_BTD = constrain(_keeping_products(self._residual)(x_BTD, m_BTD, o_BTHU, gate_BTHU, key), ("batch", "context", None))
         stays = lambda new_BT: jnp.take_along_axis(new_BT, call.stays_BM[..., None, None], axis=1)
         return out_BTD, LayerState(norm, cema, Cache(stays(k_BTHK), stays(v_BTHU)))
+
+    def _projections(self, normed_BTD: jax.Array, average_BTD: jax.Array, rotation, key: jax.Array | None) -> tuple[jax.Array, ...]:
+        """The averaged input normalised, rotated queries and keys, values, and the gate before its SiLU."""
+        dtype = normed_BTD.dtype
+        project = lambda x_BTD, weight, bias: jnp.einsum("btd,dhk->bthk", x_BTD, use(weight, dtype)) + use(bias, dtype)[None, None]
+        m_BTD = dropped(self.cema_norm(average_BTD), self.config.hidden_dropout, key, 0)
+        q_BTHK, k_BTHK = self._queries_and_keys(project(m_BTD, self.z, self.z_bias), rotation)
+        v_BTHU = jax.nn.silu(project(normed_BTD, self.value, self.value_bias))
+        return m_BTD, q_BTHK, k_BTHK, v_BTHU, project(m_BTD, self.gate, self.gate_bias)
+
+    def _residual(self, x_BTD: jax.Array, m_BTD: jax.Array, o_BTHU: jax.Array, gate_BTHU: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The block's output. The residual of its second half is the block's input, not y."""
+        config, dtype = self.config, x_BTD.dtype
+        gated_BTHU = dropped(o_BTHU * jax.nn.silu(gate_BTHU), config.hidden_dropout, key, 2)
+        h_BTD = m_BTD @ use(self.direct, dtype) + use(self.direct_bias, dtype)[None, None]
+        h_BTD += jnp.einsum("bthk,hkd->btd", gated_BTHU, use(self.output, dtype))
+        y_BTD = x_BTD + dropped(h_BTD, config.dropout, key, 3)
+        return x_BTD + self._feed_forward(self.feed_forward_norm(y_BTD), key)
 
     def _queries_and_keys(self, z_BTHK: jax.Array, rotation) -> tuple[jax.Array, jax.Array]:
         """Two affine images of the normalised z, rotated. Both are divided by sqrt(K), so that they start as unit vectors."""
@@ -260,7 +272,7 @@ class Block(nnx.Module):
         q_BTHK, k_BTHK = (apply_rope(image_BTHK, *rotation, neighbours=True).astype(z_BTHK.dtype) for image_BTHK in images)
         return q_BTHK, k_BTHK
 
-    def _attend(self, q_BTHK, k_BTHK, v_BTHU, place: Place, cache: Cache, slots: Slots, dropout, *, packed: bool) -> jax.Array:
+    def _attend(self, q_BTHK, k_BTHK, v_BTHU, place: Place, cache: Cache, slots: Slots, dropout, *, packed: bool, fresh: bool) -> jax.Array:
         """o_BTHU: each token's attention over its chunk, up to and including itself."""
         C = self.config.chunk
         held_B = place.position_BT[:, 0] % C  # slots that belong to the chunk of the row's first token
@@ -268,6 +280,8 @@ class Block(nnx.Module):
             seen_B1C = (jnp.arange(C, dtype=jnp.int32)[None] < held_B[:, None])[:, None]
             return attention.attend_one(q_BTHK, k_BTHK, v_BTHU, cache, seen_B1C, scale=1.0)
         if not packed and q_BTHK.shape[1] >= C:
+            # A shard, which this may be, begins with a chunk if it holds whole ones.
+            held_B = None if fresh and q_BTHK.shape[1] % C == 0 else held_B
             return attention.chunk_attention(q_BTHK, k_BTHK, v_BTHU, cache, held_B, scale=1.0, dropout=dropout)
         # In the ring token number i is in slot i mod C; here i counts from the start of the document.
         place, reach = place._replace(index_BT=place.position_BT), attention.block_sliding(C, 0)
@@ -388,7 +402,7 @@ class Megalodon(nnx.Module):
         if config.rope_frequencies is not None:
             table = RopeTable(np.array(config.rope_frequencies, np.float64), 1.0)
         rotation = rope_cos_sin(fixed_point(table), place.position_BT % C, at_least_float32(config.dtype))
-        return _Call(place, starts_BT, length_B, valid_BT, slots, stays_BM, rotation), slot_BM
+        return _Call(place, cursor.at_start(before), starts_BT, length_B, valid_BT, slots, stays_BM, rotation), slot_BM
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """hidden_BTD -> logits_BTV in float32 or wider."""

@@ -270,7 +270,7 @@ def chunk_attention(
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     cache: Cache,
-    held_B: jax.Array,
+    held_B: jax.Array | None,
     *,
     fold: bool | None = None,
     scale: float | None = None,
@@ -286,30 +286,40 @@ def chunk_attention(
       k_BTGK: rotated keys of the same tokens.
       v_BTGK: their values.
       cache: C slots, of which row b's first held_B[b] have the keys and values of its unfinished chunk.
-      held_B: int32, fewer than C.
-      fold: fold chunks into the batch instead of one after the other; None folds except on CPU.
+      held_B: int32, fewer than C; None: 0 in all rows, which saves the laying out.
+      fold: fold chunks into the batch instead of one after the other; None folds except on CPU where the scores of all chunks are large.
       scale: as in `attend`.
       dropout: as in `attend`.
 
     Returns:
       o_BTHK in q's dtype.
     """
-    T, C = q_BTHK.shape[1], cache.k_BSGK.shape[1]
-    fold = jax.default_backend() != "cpu" if fold is None else fold
-    fill = -(-(C - 1 + T) // C) * C - C
-    put = lambda held_S, new_T, start: jax.lax.dynamic_update_slice_in_dim(held_S, new_T, start, axis=0)
-    behind = lambda old_BC, new_BT: jax.vmap(put)(jnp.pad(old_BC, ((0, 0), (0, fill), (0, 0), (0, 0))), new_BT, held_B)
-    before = (jnp.zeros((q_BTHK.shape[0], C, *q_BTHK.shape[2:]), q_BTHK.dtype), *cache)
-    chunks = _split(jax.tree.map(behind, before, (q_BTHK, k_BTGK, v_BTGK)), C)
+    (B, T, H, _), C = q_BTHK.shape, cache.k_BSGK.shape[1]
+    columns = -(-(T if held_B is None else C - 1 + T) // C) * C
+    if held_B is None:
+        tokens = jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (0, columns - T), (0, 0), (0, 0))), (q_BTHK, k_BTGK, v_BTGK))
+    else:
+        put = lambda held_S, new_T, start: jax.lax.dynamic_update_slice_in_dim(held_S, new_T, start, axis=0)
+        behind = lambda old_BC, new_BT: jax.vmap(put)(jnp.pad(old_BC, ((0, 0), (0, columns - C), (0, 0), (0, 0))), new_BT, held_B)
+        before = (jnp.zeros((B, C, *q_BTHK.shape[2:]), q_BTHK.dtype), *cache)
+        tokens = jax.tree.map(behind, before, (q_BTHK, k_BTGK, v_BTGK))
     causal_1CC = jnp.tril(jnp.ones((C, C), bool))[None]
 
-    def one_chunk(xs):
-        (q_BCHK, k_BCGK, v_BCGK), number = xs
+    def chunks(tokens, number=0):
+        q_BCHK, k_BCGK, v_BCGK = tokens
         seen_BCC = jnp.broadcast_to(causal_1CC, (q_BCHK.shape[0], C, C))
         return attend(q_BCHK, k_BCGK, v_BCGK, seen_BCC, scale=scale, dropout=_numbered(dropout, number))
 
-    one_chunk, xs = jax.checkpoint(one_chunk), (chunks, jnp.arange(fill // C + 1, dtype=jnp.int32))
-    o_BSHK = _join(jax.vmap(one_chunk)(xs) if fold else jax.lax.map(one_chunk, xs), fill + C)
+    # Large scores are computed again in the backward pass, and on CPU they stay near the caches if there is one chunk of them at a time.
+    large = 4 * B * columns * C * H > 2**24
+    if (jax.default_backend() != "cpu" or not large) if fold is None else fold:
+        together = jax.tree.map(lambda x_BS: x_BS.reshape(B * columns // C, C, *x_BS.shape[2:]), tokens)
+        o_BSHK = (jax.checkpoint(chunks) if large else chunks)(together).reshape(B, columns, H, -1)
+    else:
+        xs = (_split(tokens, C), jnp.arange(columns // C, dtype=jnp.int32))
+        o_BSHK = _join(jax.lax.map(jax.checkpoint(lambda xs: chunks(*xs)), xs), columns)
+    if held_B is None:
+        return o_BSHK[:, :T]
     return jax.vmap(lambda o_S, start: jax.lax.dynamic_slice_in_dim(o_S, start, T, axis=0))(o_BSHK, held_B)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Cursor(NamedTuple):
@@ -32,8 +33,14 @@ class Place(NamedTuple):
 
 def start(batch_size: int, planned: jax.Array | int = 0) -> Cursor:
     """Before the first token; `planned` is a number for all rows or int32 [B]."""
-    zeros_B = jnp.zeros(batch_size, jnp.int32)
+    # NumPy's zeros are known while JAX traces (`at_start`).
+    zeros_B = np.zeros(batch_size, np.int32)
     return Cursor(zeros_B, zeros_B, zeros_B, zeros_B, jnp.broadcast_to(jnp.asarray(planned, jnp.int32), (batch_size,)))
+
+
+def at_start(cursor: Cursor) -> bool:
+    """Whether it is known while tracing that no row has read a token, as in a training step, which begins with an empty state."""
+    return isinstance(cursor.count_B, np.ndarray) and not cursor.count_B.any()
 
 
 def advance(cursor: Cursor, length: int, segment_ids_BT: jax.Array | None = None) -> tuple[Place, Cursor]:
