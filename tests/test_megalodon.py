@@ -29,6 +29,7 @@ from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import token_losses
 from infinicontext.pretrained import megalodon as official
 from infinicontext.pretrained.placement import parameter_paths
+from infinicontext.training.optimizer import is_matrix
 
 BOTH = pytest.mark.parametrize("name", ["model_a", "model_b"])
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -363,3 +364,12 @@ def test_initialisation(mode, std):
 def test_config_errors(change, field):
     with pytest.raises(UserError, match=f"model.{field} is "):
         MegalodonConfig(**change)
+
+
+def test_projections_and_embeddings_alone_decay():
+    """Neither the parameters of the moving average nor norms, biases, gamma and beta, which all have their meaning at other values than 0."""
+    model = models.abstract(MegalodonConfig.examples()["swiglu"])
+    parameters = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    decayed = {path[-1].name for path, parameter in parameters if is_matrix(parameter.get_metadata()["axes"])}
+    blocks = {"z", "value", "gate", "direct", "output", "feed_forward_in", "feed_forward_gated", "feed_forward_out"}
+    assert decayed == blocks | {"table", "head"}
