@@ -367,7 +367,7 @@ def test_config_errors(change, field):
 
 
 def test_projections_and_embeddings_alone_decay():
-    """Neither the parameters of the moving average nor norms, biases, gamma and beta, which all have their meaning at other values than 0."""
+    """Not CEMA, norms, biases, gamma and beta."""
     model = models.abstract(MegalodonConfig.examples()["swiglu"])
     parameters = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     decayed = {path[-1].name for path, parameter in parameters if is_matrix(parameter.get_metadata()["axes"])}
