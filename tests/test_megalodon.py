@@ -157,6 +157,7 @@ def intermediates(model, given):
     q_BTHK, k_BTHK = block._queries_and_keys(heads(given["wz"]), call.rotation)
     gated_BTHU = heads(given["attn"] * jax.nn.silu(given["wr_presilu"]))
     feed_forward_BTD = block._feed_forward(given["ffn_norm"], None)
+    attend = functools.partial(block._attend, packed=False, fresh=False)
     found = {
         "ids": given["ids"],
         "block_in": model.embedding(given["ids"]) * (config.dim**0.5 if config.scale_embeddings else 1),
@@ -172,7 +173,7 @@ def intermediates(model, given):
         "wv_presilu": project(given["timenorm"], block.value, block.value_bias),
         "v": jax.nn.silu(given["wv_presilu"]),
         "wr_presilu": project(given["mx"], block.gate, block.gate_bias),
-        "attn": flat(block._attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None, packed=False, fresh=False)),
+        "attn": flat(attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None)),
         "wh1": given["mx"] @ block.direct[...] + row(block.direct_bias),
         "wh2": jnp.einsum("bthk,hkd->btd", gated_BTHU, block.output[...]),
         "mega_out": given["block_in"] + given["wh1"] + given["wh2"],
