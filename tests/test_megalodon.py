@@ -23,7 +23,7 @@ from infinicontext.inference.norm_refresh import read_with_norm_refresh
 from infinicontext.models.megalodon import PRESETS, Megalodon, MegalodonConfig
 from infinicontext.models.streaming import read
 from infinicontext.nn import cursor
-from infinicontext.nn.cema import cema_tables
+from infinicontext.nn.cema import cema_tables, inference_tables
 from infinicontext.nn.norms import rms_normalised
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import token_losses
@@ -374,3 +374,21 @@ def test_projections_and_embeddings_alone_decay():
     decayed = {path[-1].name for path, parameter in parameters if is_matrix(parameter.get_metadata()["axes"])}
     blocks = {"z", "value", "gate", "direct", "output", "feed_forward_in", "feed_forward_gated", "feed_forward_out"}
     assert decayed == blocks | {"table", "head"}
+
+
+def test_reading_with_tables_made_on_the_host():
+    """As without them, in one call and token by token."""
+    model = models.build(dataclasses.replace(MegalodonConfig.examples()["swiglu"], layers=2), nnx.Rngs(0))
+    tokens_BT = np.random.default_rng(0).integers(0, 17, (2, 12), np.int32)
+    tables = inference_tables(model.blocks.cema, 4)
+    hidden = jax.jit(model.hidden)
+    expected_BTD, expected = hidden(tokens_BT, model.init_state(2))
+    for size in (12, 1):
+        state, parts = model.init_state(2), []
+        for t in range(0, 12, size):
+            part_BTD, state = hidden(tokens_BT[:, t : t + size], state, tables=tables)
+            parts.append(part_BTD)
+        chex.assert_trees_all_close((jnp.concatenate(parts, axis=1), state), (expected_BTD, expected), atol=2e-5)
+    # They are what is read with.
+    other_BTD, _ = hidden(tokens_BT, model.init_state(2), tables=tables._replace(kernel_DC=2 * tables.kernel_DC))
+    assert np.abs(other_BTD - expected_BTD).max() > 1e-2

@@ -23,7 +23,7 @@ from flax import nnx
 from infinicontext.errors import UserError
 from infinicontext.nn import attention, context, cursor
 from infinicontext.nn.attention import Cache, Slots
-from infinicontext.nn.cema import CEMA, CemaState, cema_tables
+from infinicontext.nn.cema import CEMA, CemaState, Tables, cema_tables
 from infinicontext.nn.cursor import Cursor, Place
 from infinicontext.nn.embedding import Embedding
 from infinicontext.nn.norms import ZeroCentredLayerNorm, ZeroCentredRMSNorm, rms_normalised
@@ -338,6 +338,7 @@ class Megalodon(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        tables: Tables | None = None,
     ) -> tuple[jax.Array, MegalodonState]:
         """Reads T tokens from wherever the stream stands.
 
@@ -346,6 +347,7 @@ class Megalodon(nnx.Module):
           state: what was read before.
           segment_ids_BT: int32, see nn/cursor.py; None continues the current document.
           dropout_key: for training with the config's dropout rates; None: no dropout.
+          tables: `inference_tables(model.blocks.cema)`, for averages over very many tokens; None: computed here, in float32 or wider.
 
         Returns:
           hidden_BTD in the compute dtype, normalised for the head, and the state after the last token.
@@ -358,8 +360,9 @@ class Megalodon(nnx.Module):
         place, next_cursor = cursor.advance(state.cursor, T, segment_ids_BT)
         call, slot_BM = self._call(state.cursor, place, packed=segment_ids_BT is not None)
         # Once for the call: they would be computed twice within a layer that is recomputed.
-        block = config.cema_block if T > 1 else 1
-        tables = jax.vmap(lambda cema: cema_tables(cema, at_least_float32(dtype), block))(self.blocks.cema)
+        if tables is None:
+            block = config.cema_block if T > 1 else 1
+            tables = jax.vmap(lambda cema: cema_tables(cema, at_least_float32(dtype), block))(self.blocks.cema)
         embedding_key, keys_L = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         if keys_L is not None:
             keys_L = jax.random.split(keys_L, config.layers)

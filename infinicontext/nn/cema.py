@@ -122,8 +122,11 @@ def cema_tables(layer: CEMA, dtype: jnp.dtype | str = "float32", block: int | No
 def inference_tables(layer: CEMA, block: int | None = None) -> Tables:
     """The tables of a layer that no longer changes, computed in float64 on the host and rounded to float32 once; not for use inside jit.
 
-    For slow decays the rounding of q dominates every float32 algorithm; this avoids it.
+    For slow decays the rounding of q dominates every float32 algorithm; this avoids it. Stacked layers give stacked tables.
     """
+    if layer.alpha.ndim > 2:
+        layers = [inference_tables(jax.tree.map(lambda w, i=i: w[i], layer), block) for i in range(layer.alpha.shape[0])]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
     weights = [np.asarray(w[...], np.float64) for w in (layer.alpha, layer.delta, layer.theta, layer.gamma, layer.omega)]
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _tables(weights, block, np))
 
