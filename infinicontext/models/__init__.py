@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from infinicontext.errors import UserError
+from infinicontext.models.adapted import Adapted, AdaptedConfig
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.models.megalodon_classifier import MegalodonClassifier, MegalodonClassifierConfig
 from infinicontext.models.streaming import Model
@@ -16,8 +17,10 @@ from infinicontext.models.transformer import Transformer, TransformerConfig
 MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon}
 # These read a row as a whole: the laws of streams are not for them.
 CLASSIFIERS: dict[type, type] = {MegalodonClassifierConfig: MegalodonClassifier}
+# These are one of the models with more parameters, and read as it does.
+ADAPTED: dict[type, type] = {AdaptedConfig: Adapted}
 
-ModelConfig = TransformerConfig | MegalodonConfig | MegalodonClassifierConfig
+ModelConfig = TransformerConfig | MegalodonConfig | MegalodonClassifierConfig | AdaptedConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:
@@ -28,7 +31,7 @@ def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:
     """
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("model.dtype is float64, which needs the environment variable JAX_ENABLE_X64=1")
-    return (MODELS | CLASSIFIERS)[type(config)](config, rngs)
+    return (MODELS | CLASSIFIERS | ADAPTED)[type(config)](config, rngs)
 
 
 def abstract(config: ModelConfig) -> Model:

@@ -73,10 +73,24 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs(), count))
 
 
+def is_parameter(leaf) -> bool:
+    """Where jax.tree functions are to stop."""
+    return isinstance(leaf, nnx.Variable)
+
+
 def parameter_groups(module: nnx.Module) -> set[str]:
     """Names of the groups that a module's parameters are in."""
-    variables = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return {variable.get_metadata()["group"] for variable in variables}
+    return {parameter.get_metadata()["group"] for parameter in jax.tree.leaves(module, is_leaf=is_parameter)}
+
+
+def of_groups(module: nnx.Module, groups: tuple[str, ...]) -> nnx.Module:
+    """The module with None for parameters of other groups; no groups: all of it."""
+    return jax.tree.map(lambda p: p if not groups or p.get_metadata()["group"] in groups else None, module, is_leaf=is_parameter)
+
+
+def with_parameters(module: nnx.Module, some: nnx.Module) -> nnx.Module:
+    """The module with the parameters that `some`, made by `of_groups`, has."""
+    return jax.tree.map(lambda own, other: own if other is None else other, module, some, is_leaf=is_parameter)
 
 
 def parameter_count(tree) -> int:

@@ -74,7 +74,7 @@ def train(
         closing.callback(checkpoints.close)
         restored = checkpoints.restore(steps.like.model, {"step": steps.like.step, "optimizer": steps.like.optimizer})
         if restored is None and experiment.start_from:
-            state = steps.begin(starting_model(pathlib.Path(experiment.start_from), experiment.model, mesh))
+            state = steps.begin(starting_model(pathlib.Path(experiment.start_from), experiment.model, mesh, experiment.seed))
         elif restored is None:
             state = steps.init(jax.random.key(experiment.seed))
         else:

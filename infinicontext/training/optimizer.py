@@ -34,6 +34,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     clip_norm: float = 1.0  # of the global gradient; 0 switches clipping off
     groups: tuple[ParameterGroup, ...] = ()
+    train: tuple[str, ...] = ()  # groups whose parameters are trained, the others standing still; empty: all
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):

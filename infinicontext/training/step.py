@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
-from infinicontext.nn.parameters import at_least_float32, parameter_groups
+from infinicontext.nn.parameters import at_least_float32, of_groups, parameter_groups, with_parameters
 from infinicontext.objectives.next_token import token_weights, weighted_loss
 from infinicontext.training.optimizer import make_optimizer, schedule, updates_done
 
@@ -40,36 +40,40 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     """The pieces of one experiment's training.
 
     Raises:
-      UserError: optimizer.groups names a group that no parameter is in.
+      UserError: optimizer.groups or optimizer.train names a group that no parameter is in.
     """
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     fraction = schedule(experiment.optimizer, experiment.steps)
+    trained_part = lambda model: of_groups(model, experiment.optimizer.train)
 
     def begin(model):
-        return TrainState(jnp.int32(0), model, optimizer.init(model))
+        return TrainState(jnp.int32(0), model, optimizer.init(trained_part(model)))
 
     def init(key):
         return begin(models.build(experiment.model, nnx.Rngs(key)))
 
     def train_step(state: TrainState, batch):
         batch = batch | {"weights": token_weights(experiment.objective, batch)}
-        loss_and_gradient = jax.value_and_grad(lambda model, part, key: weighted_loss(experiment.objective, model, part, key))
+        trained = trained_part(state.model)
+        loss_and_gradient = jax.value_and_grad(
+            lambda trained, part, key: weighted_loss(experiment.objective, with_parameters(state.model, trained), part, key)
+        )
         keys_M = None
         if getattr(experiment.model, "has_dropout", False):
             keys_M = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step), experiment.accumulation)
         if experiment.accumulation == 1:
-            loss, gradient = loss_and_gradient(state.model, batch, None if keys_M is None else keys_M[0])
+            loss, gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
         else:
             # Microbatch m takes every M-th row, so that each device's rows are in every microbatch.
             microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulation, *x.shape[1:]), 1, 0), batch)
-            zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, state.model))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradient(state.model, *part)), None)
+            zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, trained))
+            add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradient(trained, *part)), None)
             (loss, gradient), _ = jax.lax.scan(add, zero, (microbatches, keys_M))
         norm = optax.tree.norm(gradient)
         # A loss or a norm that is not finite spoils the update even where the gradient itself is finite; the optimizer skips on NaN.
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(
-            jax.tree.map(lambda g: jnp.where(usable, g, jnp.nan), gradient), state.optimizer, state.model
+            jax.tree.map(lambda g: jnp.where(usable, g, jnp.nan), gradient), state.optimizer, trained
         )
         metrics = {
             "loss": loss,
@@ -78,7 +82,8 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
             "skipped_in_a_row": optimizer_state.notfinite_count,
             "skipped_updates": optimizer_state.total_notfinite,
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.model, updates), optimizer_state), metrics
+        model = with_parameters(state.model, optax.apply_updates(trained, updates))
+        return TrainState(state.step + 1, model, optimizer_state), metrics
 
     def validation_loss(model, batch):
         return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})
@@ -86,9 +91,9 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     abstract = jax.eval_shape(init, jax.random.key(0))
     where = sharding.shardings(abstract, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
-    unknown = {group.name for group in experiment.optimizer.groups} - parameter_groups(abstract.model)
-    if unknown:
-        raise UserError(f"optimizer.groups names {min(unknown)}, but no parameter of this model is in such a group")
+    for field, names in (("groups", [group.name for group in experiment.optimizer.groups]), ("train", experiment.optimizer.train)):
+        if unknown := set(names) - parameter_groups(abstract.model):
+            raise UserError(f"optimizer.{field} names {min(unknown)}, but no parameter of this model is in such a group")
     replicated = NamedSharding(mesh, P())
     return Steps(
         jax.jit(init, out_shardings=where),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from infinicontext import models, pretrained, sharding
@@ -59,8 +60,8 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
         raise UserError(f"{folder} is not a folder; a model is a run folder or a Hugging Face folder")
     if is_run(folder):
         experiment = load_config(folder)
-        config = experiment.model if dtype is None else dataclasses.replace(experiment.model, dtype=dtype)
-        model = restore(folder, config, mesh, step)[1]
+        config = experiment.model if dtype is None else _with_dtype(experiment.model, dtype)
+        model = _merged(restore(folder, config, mesh, step)[1])
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
         tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
         if isinstance(experiment.data, InstructionData):
@@ -80,6 +81,17 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
     start = () if tokenizer is None or tokenizer.start_id is None else (tokenizer.start_id,)
     # Documents follow one another in training, so the start of the next is the end of this one.
     return Loaded(model, tokenizer, start, start)
+
+
+def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    if isinstance(config, models.AdaptedConfig):
+        return dataclasses.replace(config, model=_with_dtype(config.model, dtype))
+    return dataclasses.replace(config, dtype=dtype)
+
+
+def _merged(model: Model) -> Model:
+    """With LoRA's adapters in the weights, where there are any."""
+    return jax.jit(lambda model: model.merged())(model) if isinstance(model, models.Adapted) else model
 
 
 def _own_tokenizer(experiment: Experiment) -> Tokenizer | None:
@@ -129,13 +141,23 @@ def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | N
         checkpoints.close()
 
 
-def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Model:
+def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: int = 0) -> Model:
     """float32 parameters to begin training with, in a model with this config, which need not be the folder's: window, rotary scheme, dtype
-    and remat change no parameter.
+    and remat change no parameter, and LoRA's adapters are drawn from the seed where the folder has none.
 
     Raises:
       UserError: the parameters are not those of such a model.
     """
+    adapted = is_run(folder) and isinstance(load_config(folder).model, models.AdaptedConfig)
+    if isinstance(config, models.AdaptedConfig) and not adapted:
+
+        def adapt(model: Model) -> Model:
+            whole = models.build(config, nnx.Rngs(seed))
+            whole.model = model
+            return whole
+
+        where = sharding.shardings(models.abstract(config), mesh)
+        return jax.jit(adapt, out_shardings=where, donate_argnums=0)(starting_model(folder, config.model, mesh))
     if is_run(folder):
         return restore(folder, config, mesh)[1]
     if not isinstance(config, models.TransformerConfig):
@@ -200,7 +222,7 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
     # The files it came with, unless it was trained with another tokenizer since.
     like = _kept(source, experiment) or (source / KEPT if _own_tokenizer(experiment) is None else None)
     with new_folder(target) as folder:
-        model = restore(source, experiment.model, mesh, step)[1]
+        model = _merged(restore(source, experiment.model, mesh, step)[1])
         pretrained.save(model, folder, like=like, length=experiment.train_length, dtype=dtype)
         named = pathlib.Path(getattr(experiment.data, "tokenizer", ""))
         if like is None and named.is_dir():
@@ -215,7 +237,7 @@ def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step
     Raises:
       UserError: the run has another architecture, cannot be read, or the target is not new.
     """
-    pretrained.megalodon.save(restore(source, load_config(source).model, mesh, step)[1], target)
+    pretrained.megalodon.save(_merged(restore(source, load_config(source).model, mesh, step)[1]), target)
 
 
 def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
