@@ -1,13 +1,13 @@
-"""A memory of constant size that linear attention writes and reads segment by segment: Infini-attention (Munkhdalai, Faruqui and Gopal 2024,
+"""A memory of constant size that linear attention writes and reads segment by segment: Infini-attention (Munkhdalai et al. 2024,
 arXiv 2404.07143 v2, section 3.1).
 
 Shape letters: B batch, T time (tokens in this call), N segments that a call touches, C columns of a segment, H query heads, G key/value
 heads, R = H / G query heads per key/value head, K key size, U value size.
 
-The memory is a matrix and a normalizer per key/value head. All tokens of a segment read what the segments before it have written:
+The memory is a matrix and a normalizer per key/value head. All tokens of a segment read what the segments before it wrote:
 sigma(q) matrix / max(sigma(q) . normalizer, epsilon), with sigma = ELU + 1 (equation 7). What they write themselves, sigma(k) v^T
-(equation 8) or, by the delta rule, sigma(k) (v - what k reads)^T (equation 9), is kept apart until their segment is complete. That makes any
-split of a stream exact, and needs no keys of the open segment: both rules read nothing but the memory, which stands still within a segment.
+(equation 8) or, by the delta rule, sigma(k) (v - what k reads)^T (equation 9), is kept apart until their segment is complete. So any split
+of a stream is exact, and no keys of the open segment are needed: both rules read nothing but the memory, which stands still until then.
 
 A row's segments are a grid over all its tokens, whatever documents they belong to. The memory is that of one document, its owner: tokens of
 another read nothing, and a segment leaves behind only what the document of its last token wrote. So packed documents read as they would
