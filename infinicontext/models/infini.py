@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from infinicontext.errors import UserError
-from infinicontext.nn import attention, cursor
+from infinicontext.nn import attention, context, context_memory, cursor
 from infinicontext.nn.attention import Cache, Slots
 from infinicontext.nn.compressive_memory import Memory, Owner, Segments, empty_memory, no_owner, recall, segments
 from infinicontext.nn.cursor import Cursor, Place
@@ -161,12 +161,15 @@ class InfiniState(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What all layers of a call share. `within` one segment, arrays stay [B, T]; otherwise they are laid out, [N, B, C]."""
+    """What all layers of a call share.
+
+    Arrays stay [B, T] `within` one segment, and where tokens are split over devices; otherwise they are laid out, [N, B, C].
+    """
 
     place: Place  # positions are numbers in the row
     held_B: jax.Array  # int32, tokens of the open segment before the call
     slots: Slots  # what the cache holds before the call
-    segments: Segments
+    segments: Segments  # with a leading axis of shards where tokens are split over devices
     rotation: tuple[jax.Array, jax.Array]  # cos and sin [B, T, R] or [N B, C, R]
     stays_BM: jax.Array | None  # int32, the tokens of the call that the cache holds after it; None: all
     stays_rotation: tuple[jax.Array, jax.Array]  # [B, M, R]
@@ -183,15 +186,13 @@ def begin_call(
 ) -> tuple[Call, jax.Array, Slots, Owner]:
     """What the layers need to know -> that, the slots that the M tokens are written to [B, M], what slots hold then, and the owner then."""
     (B, T), S = place.index_BT.shape, config.span
-    memory_segments, owner = segments(
-        place,
-        owner,
-        before.document_B,
-        config.segment,
-        within=within,
-        normalizer_horizon=config.normalizer_horizon,
-        detach_every=config.detach_every,
-    )
+    shards = 1 if within else context.shard_count(T)
+    where = (place, owner, before.document_B, config.segment)
+    options = {"normalizer_horizon": config.normalizer_horizon, "detach_every": config.detach_every}
+    if shards == 1:
+        memory_segments, owner = segments(*where, within=within, **options)
+    else:
+        memory_segments, owner = context_memory.segments(*where, shards, **options)
     held_B = before.count_B % config.segment
     numbers = place._replace(position_BT=place.index_BT)
     slot_BM, stays_BM = attention.slot_index(place, S, ring=True), None
@@ -205,13 +206,13 @@ def begin_call(
         attention.write(slots.document_BS, stays(place.document_BT), slot_BM),
     )
     turn = lambda position_BT, planned_B: rotation(config.rope, config.head_size, position_BT, planned_B, at_least_float32(config.dtype))
-    stays_rotation = turn(stays(place.position_BT), before.planned_B)
-    if within:
-        turns = stays_rotation
+    if within or shards > 1:
+        turns = turn(place.position_BT, before.planned_B)
     else:
         position_NBC = attention.lay(place.position_BT, held_B, config.segment)
         turns = turn(position_NBC.reshape(-1, config.segment), jnp.tile(before.planned_B, len(position_NBC)))
-    return Call(numbers, held_B, slots, memory_segments, turns, stays_BM, stays_rotation), slot_BM, after, owner
+    stays_turns = turn(stays(place.position_BT), before.planned_B)
+    return Call(numbers, held_B, slots, memory_segments, turns, stays_BM, stays_turns), slot_BM, after, owner
 
 
 def infini_attention(
@@ -248,26 +249,40 @@ def infini_attention(
     stays = lambda x_BT: x_BT if call.stays_BM is None else jnp.take_along_axis(x_BT, call.stays_BM[..., None, None], axis=1)
     new = Cache(apply_rope(stays(k_BTGK), *call.stays_rotation), stays(v_BTGU))
     reach = attention.block_sliding(C, int(config.previous_segment))
+    attend = lambda q, k, v, place, cache, slots, dropout: attention.window_attention(q, k, v, place, cache, slots, reach)
+    rule = {"update": config.update, "epsilon": config.memory_epsilon}
 
+    # What the open segment says, what the memory says and who may read it: [B, T, ...], or laid out.
+    recalled = reads = None
     if within:
         rotated_BTHK = apply_rope(q_BTHK, *call.rotation)
         if T == 1:
             seen_B1S = attention.visible(call.place.position_BT, call.place.document_BT, call.slots, reach)
-            local = attention.attend_one(rotated_BTHK, *new, cache, seen_B1S)[None]
+            local = attention.attend_one(rotated_BTHK, *new, cache, seen_B1S)
         else:
-            local = attention.window_attention(rotated_BTHK, *new, call.place, cache, call.slots, reach)[None]
-        q, k, v = q_BTHK[None], k_BTGK[None], v_BTGU[None]
+            local = attend(rotated_BTHK, *new, call.place, cache, call.slots, None)
+        if config.gate == "learned":
+            recalled, memory = recall(q_BTHK[None], k_BTGK[None], v_BTGU[None], memory, call.segments, **rule)
+            recalled, reads = recalled[0], call.segments.reads_NBC[0]
+    elif context.shard_count(T) > 1:
+        rotated = (apply_rope(x_BTHK, *call.rotation) for x_BTHK in (q_BTHK, k_BTGK))
+        local = context.attention(attend, *rotated, v_BTGU, call.place, cache, call.slots, None)
+        if config.gate == "learned":
+            tokens = (q_BTHK, k_BTGK, v_BTGU, call.place)
+            recalled, reads, memory = context_memory.recall(*tokens, memory, call.segments, C, **rule)
     else:
-        q, k, v = (attention.lay(x_BT, call.held_B, C) for x_BT in (q_BTHK, k_BTGK, v_BTGU))
-        local = _local_attention(config, q, k, v, cache, call)
+        laid = [attention.lay(x_BT, call.held_B, C) for x_BT in (q_BTHK, k_BTGK, v_BTGU)]
+        local = _local_attention(config, *laid, cache, call)
+        if config.gate == "learned":
+            recalled, memory = recall(*laid, memory, call.segments, **rule, parallel=parallel)
+            reads = call.segments.reads_NBC
 
-    if config.gate == "learned":
-        recalled, memory = recall(q, k, v, memory, call.segments, update=config.update, epsilon=config.memory_epsilon, parallel=parallel)
-        share_H = jax.nn.sigmoid(gate_H.astype(recalled.dtype))[None, None, None, :, None]
+    if recalled is not None:
+        share = jax.nn.sigmoid(gate_H.astype(recalled.dtype)).reshape((1,) * (recalled.ndim - 2) + (-1, 1))
         if config.empty_memory == "bypass":
-            share_H = jnp.where(call.segments.reads_NBC[..., None, None], share_H, 0)
-        local = (share_H * recalled + (1 - share_H) * local.astype(recalled.dtype)).astype(q_BTHK.dtype)
-    o_BTHU = local[0] if within else attention.unlay(local, call.held_B, T)
+            share = jnp.where(reads[..., None, None], share, 0)
+        local = (share * recalled + (1 - share) * local.astype(recalled.dtype)).astype(q_BTHK.dtype)
+    o_BTHU = local if local.ndim == 4 else attention.unlay(local, call.held_B, T)
     return jnp.where(call.place.document_BT[..., None, None] > 0, o_BTHU, 0), new, memory
 
 

@@ -15,6 +15,7 @@ alone, on the same grid.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -141,6 +142,7 @@ def recall(
     update: Update,
     epsilon: float,
     parallel: bool | None = None,
+    arrive: Callable | None = None,
 ) -> tuple[jax.Array, Memory]:
     """Reads the memory for every query, and writes every key and value to it.
 
@@ -155,6 +157,7 @@ def recall(
       update: the rule of writing.
       epsilon: the least denominator.
       parallel: all segments at once; None: except on CPU.
+      arrive: where other devices read the tokens before and behind these (nn/context_memory.py); then all segments go at once.
 
     Returns:
       recalled_NBCHU, float32 or wider, 0 where a token may not read, and the memory after the call.
@@ -165,10 +168,9 @@ def recall(
     parallel = jax.default_backend() != "cpu" if parallel is None else parallel
     q_NBCGRK = q_NBCHK.reshape(N, B, C, G, H // G, K)
 
-    if N > 1 and parallel:
-        recalled_NBCGRU, memory = _all_segments(
-            sigma(q_NBCGRK.astype(wide)), sigma(k_NBCGK.astype(wide)), v_NBCGU.astype(wide), memory, segments, update, epsilon
-        )
+    if arrive is not None or (N > 1 and parallel):
+        tokens = (sigma(q_NBCGRK.astype(wide)), sigma(k_NBCGK.astype(wide)), v_NBCGU.astype(wide))
+        recalled_NBCGRU, memory = _all_segments(*tokens, memory, segments, update, epsilon, arrive)
         return recalled_NBCGRU.reshape(N, B, C, H, -1), memory
 
     def one_segment(memory: Memory, xs):
@@ -190,21 +192,32 @@ def recall(
     return recalled_NBCGRU.reshape(N, B, C, H, -1), memory
 
 
-def _all_segments(q_NBCGRK, k_NBCGK, v_NBCGU, memory: Memory, segments: Segments, update: Update, epsilon: float):
+def _all_segments(q_NBCGRK, k_NBCGK, v_NBCGU, memory: Memory, segments: Segments, update: Update, epsilon: float, arrive: Callable | None):
     """`recall` with what does not depend on earlier segments computed for all of them at once.
 
-    What segment n's keys read is linear in the matrix, so the delta rule comes to matrix + written - overlap matrix, with
+    What a segment's keys read is linear in the matrix, so the delta rule comes to matrix + written - overlap matrix, with
     overlap = sum of sigma(k) sigma(k)^T / (sigma(k) . normalizer) over its tokens.
     """
+
+    def step(carry, xs):
+        segment, written_BGKU, overlap_BGKK = xs
+        if overlap_BGKK is not None:
+            written_BGKU -= _einsum("bgkl,bglu->bgku", overlap_BGKK, carry[0])
+        return _next(*carry, segment, written_BGKU), carry[0]
+
+    def carry_along(held_BGKU, open_BGKU, written_NBGKU, overlap_NBGKK=None):
+        """The held and the open part after the call, and what is held before each segment."""
+        before, xs = (held_BGKU, open_BGKU), (segments, written_NBGKU, overlap_NBGKK)
+        if arrive is None:
+            return jax.lax.scan(step, before, xs)
+        before, after = arrive(step, before, xs)
+        return after, jax.lax.scan(step, before, xs)[1]
+
     k_NBCGK = _where(segments.writes_NBC, k_NBCGK)
     written_NBGK = _where(segments.counts_NB, jnp.sum(k_NBCGK, axis=2))
-
-    def next_normalizer(carry, xs):
-        segment, written_BGK = xs
-        return _next(*carry, segment, written_BGK), carry[0]
-
-    carry = (memory.normalizer_BGK, memory.open_normalizer_BGK)
-    (normalizer_BGK, open_normalizer_BGK), normalizer_NBGK = jax.lax.scan(next_normalizer, carry, (segments, written_NBGK))
+    column = lambda x: x[..., None]
+    normalizers, normalizer_NBGK1 = carry_along(column(memory.normalizer_BGK), column(memory.open_normalizer_BGK), column(written_NBGK))
+    normalizer_NBGK = normalizer_NBGK1[..., 0]
 
     written_NBGKU = _einsum("nbcgk,nbcgu->nbgku", k_NBCGK, v_NBCGU)
     overlap_NBGKK = None
@@ -212,18 +225,12 @@ def _all_segments(q_NBCGRK, k_NBCGK, v_NBCGU, memory: Memory, segments: Segments
         weight_NBCG = 1 / jnp.maximum(jnp.sum(k_NBCGK * normalizer_NBGK[:, :, None], axis=-1), epsilon)
         weighted_NBCGK = _where(segments.reads_NBC, k_NBCGK * weight_NBCG[..., None])
         overlap_NBGKK = _einsum("nbcgk,nbcgl->nbgkl", k_NBCGK, weighted_NBCGK)
+    matrices, matrix_NBGKU = carry_along(memory.matrix_BGKU, memory.open_matrix_BGKU, written_NBGKU, overlap_NBGKK)
 
-    def next_matrix(carry, xs):
-        segment, written_BGKU, overlap_BGKK = xs
-        if overlap_BGKK is not None:
-            written_BGKU -= _einsum("bgkl,bglu->bgku", overlap_BGKK, carry[0])
-        return _next(*carry, segment, written_BGKU), carry[0]
-
-    carry = (memory.matrix_BGKU, memory.open_matrix_BGKU)
-    (matrix_BGKU, open_matrix_BGKU), matrix_NBGKU = jax.lax.scan(next_matrix, carry, (segments, written_NBGKU, overlap_NBGKK))
     read = jax.vmap(functools.partial(_read, epsilon=epsilon))
     recalled_NBCGRU = read(q_NBCGRK, matrix_NBGKU, normalizer_NBGK, segments.reads_NBC)
-    return recalled_NBCGRU, Memory(matrix_BGKU, normalizer_BGK, open_matrix_BGKU, open_normalizer_BGK)
+    normalizer_BGK, open_normalizer_BGK = (x[..., 0] for x in normalizers)
+    return recalled_NBCGRU, Memory(matrices[0], normalizer_BGK, matrices[1], open_normalizer_BGK)
 
 
 def sigma(x: jax.Array) -> jax.Array:
