@@ -85,9 +85,11 @@ def _arrive(step, before, xs):
     zero_KX = jnp.zeros_like(unit_KX)
 
     # Read from nothing, and beside that from a unit held and from a unit open.
-    from_nothing = lambda *units: jnp.broadcast_to(
-        jnp.concatenate([jnp.zeros((K, U), dtype), *units], axis=1), (B, G, K, U + 2 * len(unit_KX.T))
-    )
+    X = unit_KX.shape[1]
+
+    def from_nothing(*units):
+        return jnp.broadcast_to(jnp.concatenate([jnp.zeros((K, U), dtype), *units], axis=1), (B, G, K, U + 2 * X))
+
     start = jax.lax.pcast((from_nothing(unit_KX, zero_KX), from_nothing(zero_KX, unit_KX)), AXIS, to="varying")
     padded = jnp.pad(written_NBGKU, [(0, 0)] * 4 + [(0, 2 * X)])
     end, _ = jax.lax.scan(step, start, (own, padded, overlap_NBGKK))
