@@ -9,18 +9,19 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.models.adapted import Adapted, AdaptedConfig
+from infinicontext.models.infini import Infini, InfiniConfig
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.models.megalodon_classifier import MegalodonClassifier, MegalodonClassifierConfig
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
 
-MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon}
+MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini}
 # These read a row as a whole: the laws of streams are not for them.
 CLASSIFIERS: dict[type, type] = {MegalodonClassifierConfig: MegalodonClassifier}
 # These are one of the models with more parameters, and read as it does.
 ADAPTED: dict[type, type] = {AdaptedConfig: Adapted}
 
-ModelConfig = TransformerConfig | MegalodonConfig | MegalodonClassifierConfig | AdaptedConfig
+ModelConfig = TransformerConfig | MegalodonConfig | InfiniConfig | MegalodonClassifierConfig | AdaptedConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:

@@ -278,8 +278,7 @@ def chunk_attention(
 ) -> jax.Array:
     """Attention within chunks of C tokens that go on where each row stands, all chunks at once: work is (T + C) * C.
 
-    The new tokens are laid behind the cached ones of the unfinished chunk, so that chunks are the same columns in all rows, wherever the
-    rows stand; the rest of the first and the last chunk is filling, which no token sees because it follows.
+    The new tokens are laid behind the cached ones of the unfinished chunk. What follows a row's last token is filling that none sees.
 
     Args:
       q_BTHK: rotated queries.
@@ -287,40 +286,84 @@ def chunk_attention(
       v_BTGK: their values.
       cache: C slots, of which row b's first held_B[b] have the keys and values of its unfinished chunk.
       held_B: int32, fewer than C; None: 0 in all rows, which saves the laying out.
-      fold: fold chunks into the batch instead of one after the other; None folds except on CPU where the scores of all chunks are large.
+      fold: all chunks at once instead of one after the other; None: except on CPU where the scores of all chunks are large.
       scale: as in `attend`.
       dropout: as in `attend`.
 
     Returns:
       o_BTHK in q's dtype.
     """
-    (B, T, H, _), C = q_BTHK.shape, cache.k_BSGK.shape[1]
-    columns = -(-(T if held_B is None else C - 1 + T) // C) * C
-    if held_B is None:
-        tokens = jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (0, columns - T), (0, 0), (0, 0))), (q_BTHK, k_BTGK, v_BTGK))
-    else:
-        put = lambda held_S, new_T, start: jax.lax.dynamic_update_slice_in_dim(held_S, new_T, start, axis=0)
-        behind = lambda old_BC, new_BT: jax.vmap(put)(jnp.pad(old_BC, ((0, 0), (0, columns - C), (0, 0), (0, 0))), new_BT, held_B)
-        before = (jnp.zeros((B, C, *q_BTHK.shape[2:]), q_BTHK.dtype), *cache)
-        tokens = jax.tree.map(behind, before, (q_BTHK, k_BTGK, v_BTGK))
-    causal_1CC = jnp.tril(jnp.ones((C, C), bool))[None]
+    T, C = q_BTHK.shape[1], cache.k_BSGK.shape[1]
+    chunks = (lay(q_BTHK, held_B, C), lay(k_BTGK, held_B, C, cache.k_BSGK), lay(v_BTGK, held_B, C, cache.v_BSGK))
+    return unlay(attend_chunks(*chunks, fold=fold, scale=scale, dropout=dropout), held_B, T)
 
-    def chunks(tokens, number=0):
-        q_BCHK, k_BCGK, v_BCGK = tokens
-        seen_BCC = jnp.broadcast_to(causal_1CC, (q_BCHK.shape[0], C, C))
-        return attend(q_BCHK, k_BCGK, v_BCGK, seen_BCC, scale=scale, dropout=_numbered(dropout, number))
 
+def attend_chunks(
+    q_NBCHK: jax.Array,
+    k_NBSGK: jax.Array,
+    v_NBSGK: jax.Array,
+    documents: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    fold: bool | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Causal attention within chunks that have been laid out.
+
+    Args:
+      q_NBCHK: rotated queries.
+      k_NBSGK: rotated keys; the last C of S are the chunk's own, those before them all the queries of the chunk may see.
+      v_NBSGK: values.
+      documents: int32 [N, B, C] of queries and [N, B, S] of keys, which are seen by queries of the same only; None: by all.
+      fold: as in `chunk_attention`.
+      scale: as in `attend`.
+      dropout: as in `attend`.
+
+    Returns:
+      o_NBCHK in q's dtype.
+    """
+    (N, B, C, H, _), S = q_NBCHK.shape, k_NBSGK.shape[2]
     # Large scores are computed again in the backward pass, and on CPU they stay near the caches if there is one chunk of them at a time.
-    large = 4 * B * columns * C * H > 2**24
-    if (jax.default_backend() != "cpu" or not large) if fold is None else fold:
-        together = jax.tree.map(lambda x_BS: x_BS.reshape(B * columns // C, C, *x_BS.shape[2:]), tokens)
-        o_BSHK = (jax.checkpoint(chunks) if large else chunks)(together).reshape(B, columns, H, -1)
-    else:
-        xs = (_split(tokens, C), jnp.arange(columns // C, dtype=jnp.int32))
-        o_BSHK = _join(jax.lax.map(jax.checkpoint(lambda xs: chunks(*xs)), xs), columns)
+    large = 4 * N * B * C * S * H > 2**24
+    fold = jax.default_backend() != "cpu" or not large if fold is None else fold
+    causal_1CS = jnp.tril(jnp.ones((C, S), bool), S - C)[None]
+
+    def one_chunk(xs):
+        q_BCHK, k_BSGK, v_BSGK, documents, number = xs
+        seen_BCS = jnp.broadcast_to(causal_1CS, (B, C, S))
+        if documents is not None:
+            seen_BCS &= documents[0][:, :, None] == documents[1][:, None]
+        return attend(q_BCHK, k_BSGK, v_BSGK, seen_BCS, scale=scale, dropout=_numbered(dropout, number))
+
+    xs = (q_NBCHK, k_NBSGK, v_NBSGK, documents, jnp.arange(N, dtype=jnp.int32))
+    if fold:
+        return jax.vmap(jax.checkpoint(one_chunk) if large else one_chunk)(xs)
+    return jax.lax.map(jax.checkpoint(one_chunk), xs)
+
+
+def lay(x_BT: jax.Array, held_B: jax.Array | None, chunk: int, before_BC: jax.Array | None = None) -> jax.Array:
+    """Tokens in chunks of C columns, row b's behind held_B[b] < C earlier ones, or None anywhere: [B, T, ...] -> [N, B, C, ...].
+
+    So chunks are the same columns in all rows, wherever the rows stand. Before and behind the tokens are zeros or, in the first chunk, what
+    `before_BC` holds.
+    """
     if held_B is None:
-        return o_BSHK[:, :T]
-    return jax.vmap(lambda o_S, start: jax.lax.dynamic_slice_in_dim(o_S, start, T, axis=0))(o_BSHK, held_B)
+        return _split(x_BT, chunk)
+    T = x_BT.shape[1]
+    fill = -(-(chunk - 1 + T) // chunk) * chunk - chunk
+    if before_BC is None:
+        before_BC = jnp.zeros((x_BT.shape[0], chunk, *x_BT.shape[2:]), x_BT.dtype)
+    columns_BS = jnp.pad(before_BC, [(0, 0), (0, fill)] + [(0, 0)] * (x_BT.ndim - 2))
+    put = lambda columns_S, x_T, start: jax.lax.dynamic_update_slice_in_dim(columns_S, x_T, start, axis=0)
+    return _split(jax.vmap(put)(columns_BS, x_BT, held_B), chunk)
+
+
+def unlay(x_NBC: jax.Array, held_B: jax.Array | None, length: int) -> jax.Array:
+    """The T tokens that `lay` has laid: [N, B, C, ...] -> [B, T, ...]."""
+    if held_B is None:
+        return _join(x_NBC, length)
+    columns_BS = _join(x_NBC, x_NBC.shape[0] * x_NBC.shape[2])
+    return jax.vmap(lambda x_S, start: jax.lax.dynamic_slice_in_dim(x_S, start, length, axis=0))(columns_BS, held_B)
 
 
 def _numbered(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:

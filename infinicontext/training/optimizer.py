@@ -20,6 +20,10 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
 
+# At a usual rate gates of Infini-attention stay where they began, and decay pulls them to one half: so found those who reproduced it.
+DEFAULT_GROUPS = (ParameterGroup("gate", learning_rate=1e-2),)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019): Adam's step plus decay, both scaled by the learning rate."""
@@ -33,7 +37,7 @@ class OptimizerConfig:
     beta2: float = 0.98
     epsilon: float = 1e-8
     clip_norm: float = 1.0  # of the global gradient; 0 switches clipping off
-    groups: tuple[ParameterGroup, ...] = ()
+    groups: tuple[ParameterGroup, ...] = ()  # before those of DEFAULT_GROUPS
     train: tuple[str, ...] = ()  # groups whose parameters are trained, the others standing still; empty: all
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -73,7 +77,7 @@ def updates_done(state: optax.OptState) -> jax.Array:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, Adam, decay, schedule; updates of a non-finite gradient are skipped and counted (optax.apply_if_finite)."""
-    groups = {group.name: group for group in config.groups}
+    groups = {group.name: group for group in (*DEFAULT_GROUPS, *config.groups)}
     fraction = schedule(config, steps)
 
     def scale(updates, state, params):
