@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infinicontext.models.infini import InfiniConfig, begin_call, infini_attention
+from infinicontext.models.infini_attention import InfiniConfig, begin_call, infini_attention
 from infinicontext.nn import attention, cursor
 from infinicontext.nn.attention import Cache
 from infinicontext.nn.compressive_memory import Owner, empty_memory, no_owner, recall, segments, sigma
