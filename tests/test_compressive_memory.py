@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from infinicontext.models.infini import InfiniConfig, begin_call, infini_attention
+from infinicontext.models.infini_attention import InfiniConfig, begin_call, infini_attention
 from infinicontext.nn import attention, cursor
 from infinicontext.nn.attention import Cache
-from infinicontext.nn.compressive_memory import Owner, empty_memory, no_owner
+from infinicontext.nn.compressive_memory import Owner, empty_memory, no_owner, recall, segments, sigma
 from infinicontext.nn.cursor import Place
 from infinicontext.nn.rope import RopeConfig
 
@@ -174,3 +176,160 @@ def test_reference_gradients(golden, case, way, float64):
         assert_close(found[3], data[f"g_beta_{name}"])
         directions = (*(data.tokens(f"dir_{x}") for x in "qkv"), data["dir_beta"])
         assert_close(sum(jnp.sum(g * d) for g, d in zip(found, directions)), data[f"dd_{name}"])
+
+
+# ---------------------------------------------------------------- the definition, token by token
+
+SHAPE = {"B": 2, "T": 27, "H": 4, "G": 2, "K": 3, "U": 5}
+SEGMENT = 4
+DOCUMENTS_BT = np.array([[1] * 10 + [2] * 1 + [3] * 16, [1] * 6 + [2] * 15 + [0] * 6], np.int32)
+
+
+def example(seed=0, shape=SHAPE):
+    rng, B, T, K = np.random.default_rng(seed), shape["B"], shape["T"], shape["K"]
+    return rng.normal(size=(B, T, shape["H"], K)), rng.normal(size=(B, T, shape["G"], K)), rng.normal(size=(B, T, shape["G"], shape["U"]))
+
+
+def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-6):
+    """What each token recalls, and the memory of each row's last document, by the equations."""
+    positive = lambda x: x + 1 if x > 0 else np.exp(x)
+    positive = np.vectorize(positive)
+    (B, T, H, K), (G, U) = q_BTHK.shape, v_BTGU.shape[2:]
+    recalled, matrices, normalizers = np.zeros((B, T, H, U)), np.zeros((B, G, K, U)), np.zeros((B, G, K))
+    for row in range(B):
+        for g in range(G):
+            document, held = 0, 0
+            for t in range(int((DOCUMENTS_BT[row] > 0).sum())):
+                if DOCUMENTS_BT[row, t] != document:
+                    document, held = DOCUMENTS_BT[row, t], 0
+                    matrix, normalizer, written, counted = np.zeros((K, U)), np.zeros(K), np.zeros((K, U)), np.zeros(K)
+                elif t % SEGMENT == 0:
+                    matrix, normalizer, written, counted, held = matrix + written, normalizer + counted, written * 0, counted * 0, held + 1
+                read = lambda x: x @ matrix / max(x @ normalizer, epsilon)
+                for h in range(g * H // G, (g + 1) * H // G):
+                    recalled[row, t, h] = read(positive(q_BTHK[row, t, h]))
+                key = positive(k_BTGK[row, t, g])
+                written = written + np.outer(key, v_BTGU[row, t, g] - (read(key) if update == "delta" else 0))
+                counted = counted + (key if horizon is None or held < horizon else 0)
+            matrices[row, g], normalizers[row, g] = matrix + written, normalizer + counted
+    return recalled, matrices, normalizers
+
+
+def plainly_remember(tokens, document_BT, before, *, update="delta", horizon=None, parallel=False, within=False, segment=SEGMENT):
+    """Tokens of these documents -> what they recall, and what comes before the next."""
+    memory, owner, count_B, document_B = before
+    T = document_BT.shape[1]
+    index_BT = count_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    own, owner = segments(Place(index_BT, index_BT, document_BT), owner, document_B, segment, within=within, normalizer_horizon=horizon)
+    laid = (x[None] if within else attention.lay(jnp.asarray(x), count_B % segment, segment) for x in tokens)
+    recalled, memory = recall(*laid, memory, own, update=update, epsilon=1e-6, parallel=parallel)
+    recalled = recalled[0] if within else attention.unlay(recalled, count_B % segment, T)
+    count_B += jnp.sum(document_BT > 0, axis=1, dtype=jnp.int32)
+    return recalled, (memory, owner, count_B, jnp.maximum(document_B, jnp.max(document_BT, axis=1)))
+
+
+remember = jax.jit(plainly_remember, static_argnames=("update", "horizon", "parallel", "within", "segment"), compiler_options=QUICK)
+
+
+def nothing(dtype="float64", shape=SHAPE):
+    zeros_B = jnp.zeros(shape["B"], jnp.int32)
+    return empty_memory(shape["B"], shape["G"], shape["K"], shape["U"], dtype), no_owner(shape["B"]), zeros_B, zeros_B
+
+
+def total(before) -> tuple[jax.Array, jax.Array]:
+    memory, owner, _, document_B = before
+    mine_B = jnp.asarray(owner.document_B == document_B, memory.matrix_BGKU.dtype)
+    return (
+        memory.matrix_BGKU * mine_B[:, None, None, None] + memory.open_matrix_BGKU,
+        memory.normalizer_BGK * mine_B[:, None, None] + memory.open_normalizer_BGK,
+    )
+
+
+@pytest.mark.parametrize("horizon", [None, 2])
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_equals_the_definition(update, horizon, float64):
+    """Documents, padding, a normalizer that stands still; in one call, and token by token."""
+    tokens, options = example(), {"update": update, "horizon": horizon}
+    expected = definition(*tokens, update, horizon)
+    for parallel in (False, True):
+        recalled, after = remember(tokens, DOCUMENTS_BT, nothing(), parallel=parallel, **options)
+        assert_close((recalled, *total(after)), expected)
+    parts, before = [], nothing()
+    for t in range(SHAPE["T"]):
+        part, before = remember([x[:, t : t + 1] for x in tokens], DOCUMENTS_BT[:, t : t + 1], before, within=True, **options)
+        parts.append(part)
+    assert_close((jnp.concatenate(parts, axis=1), before), (recalled, after))
+
+
+def test_gradients_of_both_orders_agree(float64):
+    """With documents, which the reference data has no gradients of."""
+
+    def loss(tokens, memory, parallel):
+        recalled, after = plainly_remember(tokens, DOCUMENTS_BT, (memory, *nothing()[1:]), horizon=2, parallel=parallel)
+        return jnp.sum(jnp.sin(recalled)) + sum(jnp.sum(jnp.cos(x)) for x in after[0])
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2, compiler_options=QUICK)
+    assert_close(*(gradient(example(), nothing()[0], parallel) for parallel in (False, True)))
+
+
+# ---------------------------------------------------------------- properties
+
+ONE_DOCUMENT = {"B": 1, "T": 20, "H": 2, "G": 1, "K": 4, "U": 2}
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**16))
+def test_linear_reads_a_mean_of_past_values(seed):
+    """Its weights are positive and sum to 1, so of equal values nothing but that value is read."""
+    with jax.enable_x64(True):
+        q, k, v = example(seed, ONE_DOCUMENT)
+        ones_BT = np.ones((1, 20), np.int32)
+        recalled, _ = remember((q, k, np.ones_like(v)), ones_BT, nothing(shape=ONE_DOCUMENT), update="linear")
+        assert_close(recalled[:, SEGMENT:], np.ones((1, 16, 2, 2)))
+        assert not np.any(recalled[:, :SEGMENT])
+        recalled, _ = remember((q, k, v), ones_BT, nothing(shape=ONE_DOCUMENT), update="linear")
+        for t in range(SEGMENT, 20):
+            past_U = v[0, : t // SEGMENT * SEGMENT, 0]
+            found_HU = np.asarray(recalled[0, t])
+            assert np.all(found_HU > past_U.min(axis=0) - 1e-12)
+            assert np.all(found_HU < past_U.max(axis=0) + 1e-12)
+
+
+def test_delta_writes_nothing_that_is_there(float64):
+    """Of equal values the second segment writes none; but it counts, so what equal keys read is halved, unless the horizon is 1."""
+    q, k, v = example(0, ONE_DOCUMENT)
+    same_k, ones_BT = np.broadcast_to(k[:, :1], k.shape), np.ones((1, 20), np.int32)
+    read = lambda k, length, **options: remember(
+        (q[:, :length], k[:, :length], np.ones_like(v)[:, :length]), ones_BT[:, :length], nothing(shape=ONE_DOCUMENT), **options
+    )
+    (_, first), (_, second) = (read(k, length) for length in (SEGMENT, 2 * SEGMENT))
+    assert_close(second[0].matrix_BGKU, first[0].matrix_BGKU)
+    share_N = lambda **options: read(same_k, 20, **options)[0][0, ::SEGMENT, 0, 0]
+    assert_close(share_N(), np.array([0, 1, 0.5, 0.5, 0.5]))
+    assert_close(share_N(horizon=1), np.array([0, 1, 1, 1, 1.0]))
+
+
+def test_bfloat16_tokens_are_summed_in_float32():
+    """A bfloat16 sum of so many equal parts would stop growing at 256."""
+    shape = {"B": 1, "T": 600, "H": 1, "G": 1, "K": 2, "U": 2}
+    ones = jnp.zeros((1, 600, 1, 2), jnp.bfloat16)  # sigma(0) = 1
+    for parallel in (False, True):
+        before = nothing("bfloat16", shape)
+        recalled, (memory, *_) = remember((ones, ones, ones + 1), np.ones((1, 600), np.int32), before, update="linear", parallel=parallel)
+        assert {x.dtype for x in (recalled, *memory)} == {jnp.dtype("float32")}
+        np.testing.assert_array_equal(memory.normalizer_BGK, np.full((1, 1, 2), 600))
+        np.testing.assert_allclose(recalled[0, SEGMENT:], np.ones((600 - SEGMENT, 1, 2)), rtol=1e-6)
+
+
+def test_tiny_denominators_are_guarded():
+    """Keys and queries so negative that their images vanish: nothing to read, finite values and gradients."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in example(0, ONE_DOCUMENT))
+
+    def loss(q, k, v, parallel):
+        recalled, after = plainly_remember((q, k, v), np.ones((1, 20), np.int32), nothing("float32", ONE_DOCUMENT), parallel=parallel)
+        return jnp.sum(recalled**2) + jnp.sum(after[0].matrix_BGKU ** 2)
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3, compiler_options=QUICK)
+    for parallel in (False, True):
+        chex.assert_tree_all_finite(gradient(q - 200, k - 200, v, parallel))
+    assert sigma(jnp.float32(-200)) == 0

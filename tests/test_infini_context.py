@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from infinicontext import models, sharding
-from infinicontext.models.infini import InfiniConfig
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.sharding import MeshConfig, make_mesh
 
 B, T, K = 2, 40, 4

@@ -17,7 +17,7 @@ from infinicontext.models.streaming import read, state_bytes
 EXAMPLES = {f"{kind.__name__}-{name}": config for kind in models.MODELS for name, config in kind.examples().items()}
 BATCH, LENGTH = 2, 29
 # Few sizes of call, because each is compiled; together they make splits inside, at and across windows and blocks.
-PIECES = (0, 1, 3, 7, 13)
+PIECES = (0, 1, 3, 13)
 # float32: rounding of sums in another order, a few units in the last place of values near 1 after two layers.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
 
@@ -79,7 +79,7 @@ def test_packed_equals_separate(name):
         for row, sizes in enumerate(documents):
             segments_BT[row, : sum(sizes)] = np.repeat(np.arange(len(sizes)) + 1, sizes)
         whole = step(tokens_BT, empty(model), segments_BT)
-        pieces = read_in_pieces(step, empty(model), tokens_BT, segments_BT, [7, 3, 13])
+        pieces = read_in_pieces(step, empty(model), tokens_BT, segments_BT, [3, 3, 13])
         # What padding gives has no meaning.
         assert_close((pieces[0][segments_BT > 0], pieces[1]), (whole[0][segments_BT > 0], whole[1]))
         for row, sizes in enumerate(documents):
@@ -140,11 +140,11 @@ def test_read_equals_one_call(name):
         whole_BTD, whole_state = step(tokens_BT, empty(model), np.ones((BATCH, LENGTH), np.int32))
         keep = lambda model, hidden_BTD, extra: (hidden_BTD, extra)
         run = jax.jit(functools.partial(read, visit=keep), static_argnames="segment")
-        for segment in (7, LENGTH):
+        for segment in (13, LENGTH):
             (hidden_BTD, echo_BT), state = run(model, tokens_BT, empty(model), segment=segment, extra=tokens_BT)
             assert_close((hidden_BTD, state), (whole_BTD, whole_state))
             np.testing.assert_array_equal(echo_BT, tokens_BT)
-        (nothing_BTD, _), state = run(model, tokens_BT[:, :0], empty(model), segment=7, extra=tokens_BT[:, :0])
+        (nothing_BTD, _), state = run(model, tokens_BT[:, :0], empty(model), segment=13, extra=tokens_BT[:, :0])
         assert nothing_BTD.shape == (BATCH, 0, whole_BTD.shape[2])
         assert_close(state, empty(model))
         chex.assert_trees_all_equal_shapes_and_dtypes(whole_state, empty(model))

@@ -9,7 +9,8 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.models.adapted import Adapted, AdaptedConfig
-from infinicontext.models.infini import Infini, InfiniConfig
+from infinicontext.models.infini import Infini
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.models.megalodon_classifier import MegalodonClassifier, MegalodonClassifierConfig
 from infinicontext.models.streaming import Model

@@ -77,6 +77,7 @@ def segments(
     segment: int,
     *,
     within: bool,
+    fresh: bool = False,
     normalizer_horizon: int | None = None,
     detach_every: int = 0,
 ) -> tuple[Segments, Owner]:
@@ -88,6 +89,7 @@ def segments(
       document_B: int32, the document of the last token before the call; 0 before the first.
       segment: tokens per segment.
       within: whether no row's tokens go on beyond the segment they begin in; then N = 1 and C = T, otherwise C = segment.
+      fresh: whether the tokens are known to be the first of their rows, which saves a segment.
       normalizer_horizon: after so many segments of a document the normalizer stands still; None: never.
       detach_every: gradients do not flow back through the memory beyond every so many segments of the grid; 0: they do.
 
@@ -96,7 +98,7 @@ def segments(
     """
     T = place.index_BT.shape[1]
     number_B, held_B = place.index_BT[:, 0] // segment, place.index_BT[:, 0] % segment
-    document_NBC = place.document_BT[None] if within else lay(place.document_BT, held_B, segment)
+    document_NBC = place.document_BT[None] if within else lay(place.document_BT, None if fresh else held_B, segment)
     N = document_NBC.shape[0]
     numbers_N1 = jnp.arange(N, dtype=jnp.int32)[:, None]
 
@@ -146,7 +148,9 @@ def recall(
 ) -> tuple[jax.Array, Memory]:
     """Reads the memory for every query, and writes every key and value to it.
 
-    Segments go one after the other, or all at once but for the sums and small products that carry the memory along. On 2 CPU cores ...
+    Segments go one after the other, or all at once but for the sums and small products that carry the memory along. On 2 loaded CPU cores
+    a gradient step of 3 layers of 128 channels (16 rows of 1,024 tokens, segments of 64) took 1.75 s one after the other and 2.0 s at once;
+    forward there was no difference.
 
     Args:
       q_NBCHK: queries without positions, in the segments they lie in (attention.lay).
