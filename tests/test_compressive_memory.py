@@ -141,9 +141,7 @@ def assert_close(a, b, tolerance=1e-10):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("way", "dtype"), [*((way, "float64") for way in WAYS), ("layers", "float32"), ("parallel", "float32")], ids="-".join
-)
+@pytest.mark.parametrize(("way", "dtype"), [*((way, "float64") for way in WAYS), ("layers", "float32"), ("parallel", "float32")])
 def test_reference_outputs_and_memories(golden, case, way, dtype):
     with jax.enable_x64(dtype == "float64"):
         data = Golden(golden, case, dtype)
