@@ -61,7 +61,7 @@ def digits_causal() -> Experiment:
 
 def digits_transformer() -> Experiment:
     """The Transformer of about the same size, which predicts the class as the token after the last pixel."""
-    model = TransformerConfig(vocab_size=27, dim=80, layers=3, heads=4, remat=False)
+    model = TransformerConfig(vocab_size=27, dim=72, layers=3, heads=4, remat=False)
     return dataclasses.replace(digits(), name="digits_transformer", model=model)
 
 

@@ -29,7 +29,7 @@ from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.training import weights
 from infinicontext.training.evaluate import evaluate_run, is_evaluated
-from infinicontext.training.loop import check, describe_step, enable_compilation_cache, train
+from infinicontext.training.loop import check, check_devices, describe_step, enable_compilation_cache, train
 from infinicontext.training.run_folder import load_config, versions
 from infinicontext.training.step import make_steps
 
@@ -97,7 +97,7 @@ def make_parser() -> Parser:
 
     command = add("eval", run_eval, f"Evaluate a run's newest checkpoint. {fields}", takes_overrides=True)
     command.add_argument("folder", nargs="?", help="a run folder")
-    command.add_argument("--tasks", nargs="+", help="perplexity, passkey; default: the experiment's")
+    command.add_argument("--tasks", nargs="+", help="perplexity, passkey, accuracy; default: the experiment's")
     command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
     command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
     command.add_argument("--step", type=int, help="the checkpoint; default: the newest")
@@ -321,7 +321,8 @@ def run_info(options: argparse.Namespace) -> None:
         return
     folder = pathlib.Path(options.experiment)
     experiment = override(load_config(folder) if folder.is_dir() else one_experiment(options.experiment), options.overrides, options.parser)
-    check(experiment)
+    # A run fitted its data when it began; converted from a folder without a tokenizer, it has none to fit.
+    (check_devices if folder.is_dir() else check)(experiment)
     enable_compilation_cache(experiment.compilation_cache)
     model = models.abstract(experiment.model)
     print(f"\nexperiment        {experiment.name}\nparameters        {parameter_count(model):,}")

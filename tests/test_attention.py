@@ -78,6 +78,29 @@ def test_full_equals_definition(float64):
         np.testing.assert_allclose(ours, expected, atol=1e-12)
 
 
+def test_rows_equal_definition(float64):
+    """Values and gradients, in blocks that do not divide the row and in one; memory does not hold the scores of all pairs."""
+    q_BTHK, k_BTGK, v_BTGK, _ = example(11)
+    valid_BT = jnp.arange(11)[None] < jnp.array([[11], [7]])
+
+    def plain(q_BTHK, k_BTGK, v_BTGK):
+        k_BTHK, v_BTHK = (jnp.repeat(x, H // G, axis=2) for x in (k_BTGK, v_BTGK))
+        scores_BHTT = jnp.where(valid_BT[:, None, None], jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) / np.sqrt(K), -jnp.inf)
+        return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores_BHTT, axis=-1), v_BTHK)
+
+    def with_gradients(function):
+        loss = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
+        return jax.jit(lambda *arrays: (function(*arrays), jax.grad(loss, argnums=(0, 1, 2))(*arrays)))(q_BTHK, k_BTGK, v_BTGK)
+
+    for block in (4, 11):
+        blocks = functools.partial(attention.row_attention, valid_BT=valid_BT, block=block)
+        chex.assert_trees_all_close(with_gradients(blocks), with_gradients(plain), atol=1e-12)
+    q_BTHK, k_BTGK, v_BTGK = (jax.ShapeDtypeStruct((1, 512, 1, 4), jnp.float32) for _ in range(3))
+    blocks = functools.partial(attention.row_attention, valid_BT=jnp.ones((1, 512), bool), block=32)
+    gradient = jax.jit(jax.grad(lambda *arrays: jnp.sum(blocks(*arrays)), argnums=(0, 1, 2)))
+    assert gradient.lower(q_BTHK, k_BTGK, v_BTGK).compile().memory_analysis().temp_size_in_bytes < 4 * 512 * 512 / 2
+
+
 def test_bfloat16_softmax_is_float32():
     """Only inputs, weights and output are rounded: the error stays at bfloat16's 2^-8 however many keys there are."""
     q, k, v, place = example(400, documents=False)

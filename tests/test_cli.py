@@ -315,6 +315,15 @@ def test_eval_repeats_what_sweep_wrote(world, tmp_path):
     assert written[0] == written[1]
 
 
+def test_info_of_a_run_needs_no_tokenizer(world, tmp_path, capsys):
+    """As of one that was converted from a folder without."""
+    config = json.loads((world / "runs" / "full" / "config.json").read_text())
+    config["experiment"]["data"]["tokenizer"] = "huggingface"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    main(["info", str(tmp_path)])
+    assert f"parameters        {config['parameters']:,}" in capsys.readouterr().out
+
+
 def test_compare_writes_a_report(world, tmp_path, capsys):
     main(["compare", "runs/full", "runs/keys", "--output", str(tmp_path / "report")])
     table = capsys.readouterr().out
@@ -352,7 +361,7 @@ def test_info_says_what_a_config_needs(world, capsys):
         ("train experiments.py:full --help", ["--workdir", "--optimizer.learning-rate", "--model.window", "--data.source"]),
         ("train experiments.py:keys --help", ["--data.stage-steps"]),
         ("sweep experiments.py:everything --help", ["--workdir", "--optimizer.learning-rate"]),
-        ("eval --help", ["--tasks", "--lengths", "--step"]),
+        ("eval --help", ["--tasks", "perplexity, passkey, accuracy", "--lengths", "--step"]),
         ("eval runs/full --help", ["--lengths", "--evaluation.capacity"]),
         ("info experiments.py:full --help", ["FILE.py:FUNCTION", "--model.dim"]),
         ("compare --help", ["--output"]),

@@ -17,6 +17,7 @@ from infinicontext.evaluation.plots import COLORS, bytes_label, count_label, dra
 from infinicontext.evaluation.report import compare
 from infinicontext.evaluation.runs import read_runs
 
+IMAGES = {"type": "ImageData", "source": "digits"}
 CORPUS = {"type": "CorpusData", "source": "python", "tokenizer": "bytes"}
 PASSKEY = {"type": "PasskeyData", "length": 256}
 PERPLEXITY = {
@@ -100,12 +101,20 @@ def test_printed_table(compared, tmp_path, capsys):
     compare([folders[0], *folders[2:]], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     cells = {re.split("  +", line)[0]: re.split("  +", line)[1:] for line in lines}
-    assert cells["<b>full & $x$"] == ["1.23M", "50", "3.2k", "103", "1.250", "4.482 @256", "3.320 @1k", "-", "-", "4 KiB @1k"]
-    assert cells["fam-seed1"][-3:] == ["100% @256", "75% @1k", "4 KiB @1k"]
+    assert cells["<b>full & $x$"] == ["1.23M", "50", "3.2k", "103", "1.250", "4.482 @256", "3.320 @1k", "-", "-", "-", "4 KiB @1k"]
+    assert cells["fam-seed1"][-4:] == ["100% @256", "75% @1k", "-", "4 KiB @1k"]
     assert [*cells].index("_new") < [*cells].index("unigram baseline") < [*cells].index("fam-seed1"), "baselines stand under their corpus"
-    assert cells["bigram baseline"] == ["-", "-", "-", "-", "2.500", "-", "-", "-", "-", "-"]
+    assert cells["bigram baseline"] == ["-", "-", "-", "-", "2.500", "-", "-", "-", "-", "-", "-"]
     assert len({len(line) for line in lines[:8]}) == 1, "columns are aligned"
     assert lines[-1] == f"The report is in {tmp_path / 'report.html'}"
+
+
+def test_accuracy_is_a_column(tmp_path, capsys):
+    tasks = {"accuracy": {"images": 347, "accuracy": 0.9625, "interval": [0.93, 0.98]}}
+    results = compare([write_run(tmp_path / "run", "run", IMAGES, tasks=tasks)], tmp_path / "report")
+    assert results["runs"][0]["table"]["accuracy"] == {"value": 0.9625}
+    assert re.search(r"96\.2% +4 KiB @1k", capsys.readouterr().out)
+    assert "<td>96.2%</td>" in (tmp_path / "report" / "report.html").read_text()
 
 
 class Page(HTMLParser):

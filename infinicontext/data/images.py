@@ -9,6 +9,7 @@ Shape letters: N images, T pixels of an image.
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -87,51 +88,105 @@ def load_images(data: ImageData, split: Literal["train", "validation", "all"] = 
     Raises:
       UserError: scikit-learn is not installed, the folder or a file cannot be read, there are fewer than two classes, or no images.
     """
-    shares, labels, classes = _digits(data.size) if data.source == "digits" else _folder(pathlib.Path(data.source), data.size)
-    pixels = np.minimum(shares * data.levels, data.levels - 1).astype(np.uint8).reshape(len(labels), -1)
-    hashes = np.array([int(hashlib.sha256(image.tobytes()).hexdigest()[:8], 16) / 2**32 for image in pixels])
-    held_out = hashes < data.validation_fraction
-    chosen = {"train": ~held_out, "validation": held_out, "all": np.ones_like(held_out)}[split]
-    if not chosen.any():
+    pixels, labels = [], []
+    for shares, label in _digits(data.size) if data.source == "digits" else _pictures(data):
+        row = np.minimum(shares * data.levels, data.levels - 1).astype(np.uint8).reshape(-1)
+        held_out = int(hashlib.sha256(row.tobytes()).hexdigest()[:8], 16) / 2**32 < data.validation_fraction
+        if split == "all" or held_out == (split == "validation"):
+            pixels.append(row)
+            labels.append(label)
+    if not labels:
         raise UserError(
             f'data.source "{data.source}" has no image in its {split} split; give more images or another data.validation_fraction'
         )
-    return Images(pixels[chosen], labels[chosen], classes, data.levels)
+    return Images(np.stack(pixels), np.array(labels, np.int32), class_names(data), data.levels)
 
 
-def _digits(size: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Gray values from 0 to 1 [N, size, size], labels, names."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError('data.source is "digits", which comes with scikit-learn; install it, or give a folder of images') from error
-    digits = load_digits()
-    images = digits.images / 16
-    if size != images.shape[1]:
-        from PIL import Image
+def class_names(data: ImageData) -> tuple[str, ...]:
+    """The classes in the order of their ids, found without reading an image.
 
-        images = np.stack([np.asarray(Image.fromarray(image.astype(np.float32)).resize((size, size))) for image in images])
-    return images.clip(0, 1), digits.target.astype(np.int32), tuple(map(str, digits.target_names))
-
-
-def _folder(folder: pathlib.Path, size: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    from PIL import Image, UnidentifiedImageError
-
+    Raises:
+      UserError: the source is not usable, or has fewer than two classes.
+    """
+    if data.source == "digits":
+        return tuple("0123456789")
+    folder = pathlib.Path(data.source)
     if not folder.is_dir():
         raise UserError(f'data.source is "{folder}"; it must be "digits" or a folder with a sub-folder of images for each class')
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise UserError(f'data.source "{folder}" has {len(classes)} sub-folders; it needs two or more, one for each class')
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
+    return tuple(classes)
+
+
+def stored_images(data: ImageData) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of what the images are made from, without decoding them.
+
+    Raises:
+      UserError: as `load_images`, but for what only decoding finds.
+    """
+    if data.source == "digits":
+        digits = _load_digits()
+        yield "digits", digits.images.tobytes() + digits.target.tobytes()
+        return
+    for file, _ in _files(data):
+        try:
+            yield file.relative_to(data.source).as_posix(), file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _load_digits():
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError('data.source is "digits", which comes with scikit-learn; install it, or give a folder of images') from error
+    return load_digits()
+
+
+def _digits(size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Gray values from 0 to 1 [size, size], and the label, of each image."""
+    digits = _load_digits()
+    for image, label in zip(digits.images / 16, digits.target):
+        yield image if size == len(image) else _scaled(image, size), label
+
+
+def _pictures(data: ImageData) -> Iterator[tuple[np.ndarray, int]]:
+    """Gray values from 0 to 1 [size, size], and the label, of each file."""
+    from PIL import Image
+
+    for file, label in _files(data):
+        try:
+            with Image.open(file) as image:
+                yield _gray(image, data.size), label
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} cannot be read as an image: {error}") from error
+
+
+def _files(data: ImageData) -> list[tuple[pathlib.Path, int]]:
+    """The files of a folder with their labels."""
+    found = []
+    for label, name in enumerate(class_names(data)):
+        files = sorted(path for path in (pathlib.Path(data.source) / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
         if not files:
-            raise UserError(f'data.source "{folder}" has no image in its sub-folder {name} ({", ".join(_SUFFIXES)})')
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    images.append(np.asarray(image.convert("L").resize((size, size)), np.float32) / 255)
-            except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{file} cannot be read as an image: {error}") from error
-            labels.append(label)
-    return np.stack(images), np.array(labels, np.int32), tuple(classes)
+            raise UserError(f'data.source "{data.source}" has no image in its sub-folder {name} ({", ".join(_SUFFIXES)})')
+        found += [(file, label) for file in files]
+    return found
+
+
+def _gray(image, size: int) -> np.ndarray:
+    """A picture of Pillow -> gray values from 0 to 1, float32 [size, size]."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        # 16 bits a pixel; converting to "L" would make white of all that is above 255.
+        wide = np.asarray(image).astype(np.float32)
+        if image.mode == "F" or wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels have neither 8 nor 16 bits, so what is white is not known")
+        return _scaled(wide / 65535, size)
+    return np.asarray(image.convert("L").resize((size, size)), np.float32) / 255
+
+
+def _scaled(shares: np.ndarray, size: int) -> np.ndarray:
+    """Gray values from 0 to 1, of any size -> float32 [size, size]."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(shares.astype(np.float32)).resize((size, size))).clip(0, 1)

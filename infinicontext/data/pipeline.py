@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from infinicontext.data.corpora import Split, documents, load_corpus
-from infinicontext.data.images import ImageData, Images, load_images
+from infinicontext.data.images import ImageData, Images, class_names, load_images, stored_images
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
 from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
@@ -107,26 +107,26 @@ def tokenizer_of(data: Data) -> Tokenizer | None:
 
 def vocabulary_size(data: Data) -> int:
     """Every id is below it."""
-    return data.levels + len(load_images(data).classes) if isinstance(data, ImageData) else load_tokenizer(data.tokenizer).vocab_size
+    return data.levels + len(class_names(data)) if isinstance(data, ImageData) else load_tokenizer(data.tokenizer).vocab_size
 
 
 def fingerprint(data: Data) -> str:
-    """SHA-256 (hex) of everything outside the config that batches depend on: the documents' names and texts, and the tokenizer.
+    """SHA-256 (hex) of everything outside the config that batches depend on: names and contents of documents or images, and the tokenizer.
 
     Raises:
       UserError: the tokenizer or the source is not usable.
     """
-    if isinstance(data, ImageData):
-        images = load_images(data)
-        return hashlib.sha256(images.pixels.tobytes() + images.labels.tobytes() + repr(images.classes).encode()).hexdigest()
-    digest = hashlib.sha256(load_tokenizer(data.tokenizer).fingerprint().encode())
-    texts: Iterable[tuple[str, str]] = ()
+    tokenizer = tokenizer_of(data)
+    digest = hashlib.sha256(tokenizer.fingerprint().encode() if tokenizer else b"")
+    contents: Iterable[tuple[str, bytes]] = ()
     if isinstance(data, CorpusData):
-        texts = documents(data.source)
+        contents = ((name, text.encode(errors="replace")) for name, text in documents(data.source))
     elif isinstance(data, InstructionData):
-        texts = ((name, as_text(messages)) for name, messages in conversations(data.source))
-    for name, text in texts:
-        digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode(errors="replace")).digest())
+        contents = ((name, as_text(messages).encode(errors="replace")) for name, messages in conversations(data.source))
+    elif isinstance(data, ImageData):
+        contents = stored_images(data)
+    for name, content in contents:
+        digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
@@ -202,9 +202,9 @@ def train_batches(
 def validation_batches(data: Data, batch_size: int, count: int, seed: int, divisor: int = 1) -> list[Batch]:
     """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
 
-    A corpus and conversations give rows of their validation split, with its documents shuffled by `seed`; if there are too few, fewer
-    batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training
-    has there.
+    A corpus, conversations and images give rows of their validation split, with its documents or images shuffled by `seed`; if there are
+    too few, fewer batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows
+    as training has there.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -225,9 +225,11 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
 def _packed(
     data: CorpusData | InstructionData | ImageData, tokenizer: Tokenizer | None, split: Split, seed: int | None
 ) -> PackedRows | WholeRows | Images:
-    """The rows of one split, with its documents in the order of `seed`."""
+    """The rows of one split, with its documents or images in the order of `seed`."""
     if isinstance(data, ImageData):
-        return load_images(data, split)
+        images = load_images(data, split)
+        order = np.random.default_rng(seed).permutation(len(images))
+        return dataclasses.replace(images, pixels=images.pixels[order], labels=images.labels[order])
     if isinstance(data, InstructionData):
         return WholeRows(load_conversations(data, tokenizer, split), data.length, seed)
     return PackedRows(load_corpus(data.source, tokenizer, split, data.validation_fraction), data.length, seed)

@@ -54,6 +54,7 @@ COLUMNS = {
     "perplexity_longest": Column(("ppl, longest", "context"), _four_digits),
     "passkey_train_length": Column(("passkey exact,", "train length"), _percent),
     "passkey_longest": Column(("passkey exact,", "longest"), _percent),
+    "accuracy": Column(("", "accuracy"), _percent),
     "state_bytes": Column(("state,", "longest"), bytes_label),
 }
 
@@ -131,6 +132,7 @@ def numbers(run: Run) -> dict[str, Number]:
         found["passkey_longest"] = Number(answered[-1][1], answered[-1][0])
         if trained := [pair for pair in answered if pair[0] <= (run.train_length or 0)]:
             found["passkey_train_length"] = Number(trained[-1][1], trained[-1][0])
+    found["accuracy"] = Number(run.task("accuracy").get("accuracy"))
     if sizes := sorted((int(length), size) for length, size in run.eval.get("state_bytes", {}).items()):
         found["state_bytes"] = Number(sizes[-1][1], sizes[-1][0])
     return {key: found[key] for key in COLUMNS if key in found and found[key].value is not None}

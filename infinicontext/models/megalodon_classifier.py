@@ -13,10 +13,12 @@ the last ids of the vocabulary, so that it is trained and evaluated like every o
 """
 
 import dataclasses
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from infinicontext.errors import UserError
@@ -25,7 +27,7 @@ from infinicontext.nn import attention
 from infinicontext.nn.cema import CEMA
 from infinicontext.nn.embedding import Embedding
 from infinicontext.nn.parameters import at_least_float32, constant, normal, stack, truncated_normal, use
-from infinicontext.nn.rope import RopeConfig, fixed_point, rope_cos_sin, rope_table
+from infinicontext.nn.rope import RopeConfig, RopeTable, fixed_point, rope_cos_sin, rope_table
 from infinicontext.sharding import constrain
 
 
@@ -45,6 +47,13 @@ class MegalodonClassifierConfig:
             )
         if self.attention not in ("full", "chunk"):
             raise UserError(f"model.attention is {self.attention}; it must be full or chunk")
+        if self.blocks.tied_embeddings:
+            raise UserError("model.blocks.tied_embeddings is True; it must be False, because a classifier's head is for classes alone")
+        if self.blocks.prior_count:
+            raise UserError(
+                f"model.blocks.prior_count is {self.blocks.prior_count}; a classifier's norms have no prior, so it must be 0, and "
+                "model.blocks.norm_groups less than model.blocks.dim"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +107,7 @@ class ClassifierBlock(Block):
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, chunk: int, rotation, key: jax.Array | None) -> jax.Array:
         """x_BTD -> x_BTD. T is a multiple of `chunk`, and padding stands at the end of a row."""
-        config, dtype, (B, T, _) = self.config, x_BTD.dtype, x_BTD.shape
+        config, dtype, B = self.config, x_BTD.dtype, x_BTD.shape[0]
         project = lambda x, weight, equation="btd,dhk->bthk": jnp.einsum(equation, x, use(weight, dtype))
         biased = lambda x, bias: x + use(bias, dtype)[None, None]
 
@@ -118,8 +127,7 @@ class ClassifierBlock(Block):
         if key is not None and config.attention_dropout > 0:
             dropout = attention.Dropout(jax.random.fold_in(key, 1), config.attention_dropout, config.attention_dropout_mode)
         fold = lambda x_BT: x_BT.reshape(-1, chunk, *x_BT.shape[2:])
-        seen_BCC = jnp.broadcast_to(fold(valid_BT)[:, None], (B * T // chunk, chunk, chunk))
-        o_BTHU = attention.attend(fold(q_BTHK), fold(k_BTHK), fold(v_BTHU), seen_BCC, scale=1.0, dropout=dropout).reshape(v_BTHU.shape)
+        o_BTHU = attention.row_attention(*map(fold, (q_BTHK, k_BTHK, v_BTHU, valid_BT)), scale=1.0, dropout=dropout).reshape(v_BTHU.shape)
         o_BTHU = dropped(o_BTHU * r_BTHU, config.hidden_dropout, key, 2)
         h_BTD = biased(m_BTD @ use(self.direct, dtype), self.direct_bias) + project(o_BTHU, self.output, "bthk,hkd->btd")
         y_BTD = x_BTD + dropped(h_BTD, config.dropout, key, 3)
@@ -134,6 +142,9 @@ class MegalodonClassifier(nnx.Module):
         D = sequence.dim
         self.embedding = Embedding(sequence.vocab_size, D, tied=True, dtype=sequence.dtype, rngs=rngs, draw=truncated_normal, std=D**-0.5)
         self.blocks = stack(lambda rngs: ClassifierBlock(config, rngs), sequence.layers, rngs)
+        if sequence.rescale_feed_forward:
+            halves_L = 0.5 ** jnp.arange(sequence.layers, dtype=jnp.float32)
+            self.blocks.rescale = self.blocks.rescale.replace(self.blocks.rescale[...] * halves_L[:, None])
         self.final_norm = GroupNorm(D, sequence.norm_groups, sequence.norm_epsilon)
         self.head = normal(rngs(), (D, config.classes), ("embed", None), D**-0.5)
 
@@ -166,20 +177,29 @@ class MegalodonClassifier(nnx.Module):
         chex.assert_rank(tokens_BT, 2)
         chex.assert_type(tokens_BT, int)
         config, (B, T) = self.config.blocks, tokens_BT.shape
+        if T == 0:
+            return jnp.zeros((B, T, config.dim), config.dtype), state
         chunk = T if self.config.attention == "full" else min(T, config.chunk)
         padding = -T % chunk
         valid_BT = jnp.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT > 0
         valid_BT = jnp.pad(valid_BT, ((0, 0), (0, padding)))
-        x_BTD = jnp.pad(self.embedding(tokens_BT), ((0, 0), (0, padding), (0, 0)))
         position_1T = jnp.arange(T + padding, dtype=jnp.int32)[None] % chunk
-        table = fixed_point(rope_table(RopeConfig(base=config.rope_base), config.z_size // config.heads))
-        rotation = rope_cos_sin(table, position_1T, at_least_float32(config.dtype))
-        keys_L = None if dropout_key is None else jax.random.split(dropout_key, config.layers)
+        table = rope_table(RopeConfig(base=config.rope_base), config.z_size // config.heads)
+        if config.rope_frequencies is not None:
+            table = RopeTable(np.array(config.rope_frequencies, np.float64), 1.0)
+        rotation = rope_cos_sin(fixed_point(table), position_1T, at_least_float32(config.dtype))
+        embedding_key, keys_L = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        if keys_L is not None:
+            keys_L = jax.random.split(keys_L, config.layers)
 
         def layer(x_BTD, block_and_key):
             block, key = block_and_key
             return block(x_BTD, valid_BT, chunk, rotation, key), None
 
+        x_BTD = self.embedding(tokens_BT)
+        if config.scale_embeddings:
+            x_BTD *= jnp.asarray(math.sqrt(config.dim), x_BTD.dtype)
+        x_BTD = jnp.pad(dropped(x_BTD, config.dropout, embedding_key, 0), ((0, 0), (0, padding), (0, 0)))
         x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x_BTD, (self.blocks, keys_L))
         normed_BTD = self.final_norm(x_BTD, valid_BT).astype(at_least_float32(config.dtype))
         pooled_BD = jnp.sum(normed_BTD, axis=1) / jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1).astype(normed_BTD.dtype)

@@ -194,6 +194,42 @@ def full_attention(q_BTHK: jax.Array, cache: Cache, place: Place, slots: Slots, 
     return _join(jax.lax.map(jax.checkpoint(one_block), _split(queries, block)), q_BTHK.shape[1])
 
 
+def row_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    valid_BT: jax.Array,
+    *,
+    block: int | None = None,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Attention of every token to all valid tokens of its row, before and after it; blocks of queries as in `full_attention`.
+
+    Args:
+      q_BTHK: rotated queries.
+      k_BTGK: rotated keys of the same tokens.
+      v_BTGK: their values.
+      valid_BT: bool, False for padding.
+      block: queries per block; None chooses.
+      scale: as in `attend`.
+      dropout: as in `attend`.
+
+    Returns:
+      o_BTHK in q's dtype.
+    """
+    (B, T), block = valid_BT.shape, _default_block() if block is None else block
+
+    def one_block(q_BCHK, number=0):
+        seen_BCT = jnp.broadcast_to(valid_BT[:, None], (B, q_BCHK.shape[1], T))
+        return attend(q_BCHK, k_BTGK, v_BTGK, seen_BCT, scale=scale, dropout=_numbered(dropout, number))
+
+    if block >= T:
+        return one_block(q_BTHK)
+    numbers_N = jnp.arange(-(-T // block), dtype=jnp.int32)
+    return _join(jax.lax.map(jax.checkpoint(lambda xs: one_block(*xs)), (_split(q_BTHK, block), numbers_N)), T)
+
+
 def window_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,

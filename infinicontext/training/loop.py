@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from infinicontext import sharding
+from infinicontext import models, sharding
 from infinicontext.data import pipeline
+from infinicontext.data.images import ImageData, class_names
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.nn.parameters import parameter_count
@@ -160,12 +161,43 @@ def train(
 
 
 def check(experiment: Experiment) -> None:
-    """Raises UserError if the experiment does not fit its tokenizer or this machine's devices."""
+    """Raises UserError if the experiment does not fit its data or this machine's devices."""
+    check_ids(experiment)
+    check_devices(experiment)
+
+
+def check_ids(experiment: Experiment) -> None:
+    """Raises UserError if the model has no ids for what the data hold, or is trained on what it cannot choose."""
+    if type(experiment.model) in models.CLASSIFIERS:
+        check_classifier(experiment)
     size = pipeline.vocabulary_size(experiment.data)
     if experiment.model.vocab_size < size:
         source = getattr(experiment.data, "tokenizer", None)
         has = f"data.tokenizer {source} has {size} tokens" if source else f"gray levels and classes of data are {size}"
         raise UserError(f"model.vocab_size is {experiment.model.vocab_size}, but {has}")
+
+
+def check_classifier(experiment: Experiment) -> None:
+    """Raises UserError if some target of a classifier would be no class of its."""
+    model, data, objective = experiment.model, experiment.data, experiment.objective
+    if not isinstance(data, ImageData):
+        raise UserError(f"data is {type(data).__name__}, but model is {type(model).__name__}, a classifier, which needs ImageData")
+    if objective.loss != "answers" or objective.context_weight:
+        raise UserError(
+            f'objective.loss is "{objective.loss}" and objective.context_weight {objective.context_weight:g}; a classifier, which predicts '
+            'nothing but the class, needs "answers" and 0'
+        )
+    if model.vocab_size - model.classes != data.levels:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}; it must be data.levels + model.classes, {data.levels} + {model.classes}, so that the "
+            "classes follow the gray levels"
+        )
+    if model.classes < (count := len(class_names(data))):
+        raise UserError(f"model.classes is {model.classes}, but data has {count}; it must be {count} or more")
+
+
+def check_devices(experiment: Experiment) -> None:
+    """Raises UserError if the experiment does not fit this machine's devices."""
     mesh = sharding.make_mesh(experiment.mesh)
     shards = sharding.batch_divisor(mesh)
     if experiment.batch_size % (shards * experiment.accumulation):

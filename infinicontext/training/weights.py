@@ -54,12 +54,14 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
       step: of a run folder's checkpoint; None: the newest.
 
     Raises:
-      UserError: no model there, or it cannot be read.
+      UserError: no model there, it cannot be read, or it is a classifier.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; a model is a run folder or a Hugging Face folder")
     if is_run(folder):
         experiment = load_config(folder)
+        if type(experiment.model) in models.CLASSIFIERS:
+            raise UserError(f"{folder} holds a classifier, which reads no text; infinicontext eval says how often it is right")
         config = experiment.model if dtype is None else _with_dtype(experiment.model, dtype)
         model = _merged(restore(folder, config, mesh, step)[1])
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
