@@ -138,7 +138,8 @@ def make_parser() -> Parser:
     command = add("convert", run_convert, text)
     command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
     command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
-    command.add_argument("--to", choices=("run", "huggingface", "megalodon"), help="default: run, and for a run huggingface")
+    command.add_argument("--to", choices=("run", "huggingface", "megalodon", "infini"), help="default: run, and for a run huggingface")
+    command.add_argument("--segment", type=int, help="--to infini gives a Transformer a memory: tokens per segment; default: 2048")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
@@ -277,11 +278,13 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """infinicontext convert SRC DST [--to run|huggingface]"""
+    """infinicontext convert SRC DST [--to run|huggingface|megalodon|infini]"""
     from_run = weights.is_run(options.source)
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
-    if not from_run and to != "run":
+    if options.segment is not None and to != "infini":
+        raise UserError(f"--segment is {options.segment}; it goes with --to infini")
+    if not from_run and to not in ("run", "infini"):
         raise UserError(f"{options.source} is no run folder; convert it to one first, --to run")
     if options.dtype and to != "huggingface":
         raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
@@ -293,7 +296,8 @@ def run_convert(options: argparse.Namespace) -> None:
         elif to == "megalodon":
             weights.to_megalodon(options.source, options.target, mesh, step=options.step)
         else:
-            weights.to_run(options.source, options.target, mesh, step=options.step, command=options.line)
+            segment = (options.segment or 2048) if to == "infini" else None
+            weights.to_run(options.source, options.target, mesh, step=options.step, segment=segment, command=options.line)
     print(options.target)
 
 

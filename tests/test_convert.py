@@ -1,5 +1,7 @@
 """From a Hugging Face folder to a run folder and back, by the commands a user types; generating and training with pretrained weights."""
 
+import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -239,3 +241,28 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, tmp_path, capsys):
 def _written(path, text):
     path.write_text(text)
     return path
+
+
+def test_a_transformer_gets_a_memory(run, tmp_path, capsys):
+    """Within a segment it reads as before; beyond, without the memory, as a Transformer that sees each segment alone."""
+    target = tmp_path / "infini"
+    main(["convert", str(run), str(target), "--to", "infini", "--segment", "8"])
+    mesh = all_on_tensor()
+    with jax.set_mesh(mesh):
+        base, infini = load_model(run, mesh).model, load_model(target, mesh).model
+        tokens_BT = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, 20), np.int32)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def logits(model, config):
+            model = jax.tree.unflatten(jax.tree.structure(models.abstract(config)), jax.tree.leaves(model))
+            return model(tokens_BT, model.init_state(2, capacity=20))[0]
+
+        whole_BTV, found_BTV = logits(base, base.config), logits(infini, infini.config)
+        np.testing.assert_allclose(found_BTV[:, :8], whole_BTV[:, :8], atol=1e-5)
+        assert np.abs(found_BTV[:, 8:] - whole_BTV[:, 8:]).max() > 1e-3
+        alone = dataclasses.replace(base.config, attention="block_window", block=8, memory_blocks=0)
+        closed = dataclasses.replace(infini.config, gate="closed")
+        np.testing.assert_allclose(logits(infini, closed), logits(base, alone), atol=1e-5)
+    assert set(np.asarray(infini.blocks.attention.gate[...]).ravel()) == {-3.0}
+    assert "its model is of kind Infini" in fails(capsys, "convert", target, tmp_path / "twice", "--to", "infini")
+    assert "--segment is 8" in fails(capsys, "convert", run, tmp_path / "other", "--to", "run", "--segment", "8")

@@ -10,6 +10,8 @@ import dataclasses
 import jax
 from flax import nnx
 
+from infinicontext.models.infini import Infini
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
@@ -20,7 +22,7 @@ from infinicontext.nn.lora import Lora, adapters, merged
 class AdaptedConfig:
     """The adapted model's config and what is adapted."""
 
-    model: TransformerConfig | MegalodonConfig
+    model: TransformerConfig | MegalodonConfig | InfiniConfig
     lora: Lora = Lora()
 
     @property
@@ -48,7 +50,8 @@ class Adapted(nnx.Module):
 
     def __init__(self, config: AdaptedConfig, rngs: nnx.Rngs):
         self.config = config
-        self.model: Model = {TransformerConfig: Transformer, MegalodonConfig: Megalodon}[type(config.model)](config.model, rngs)
+        kinds = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini}
+        self.model: Model = kinds[type(config.model)](config.model, rngs)
         self.adapters = adapters(self.model, config.lora, rngs)
 
     def merged(self) -> Model:

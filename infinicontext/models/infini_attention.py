@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from infinicontext.errors import UserError
+from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn import attention, context, context_memory, cursor
 from infinicontext.nn.attention import Cache, Slots
 from infinicontext.nn.compressive_memory import Memory, Owner, Segments, recall, segments
@@ -71,6 +72,18 @@ class InfiniConfig:
         if self.heads % self.kv_head_count:
             raise UserError(f"model.heads is {self.heads}, which is not a multiple of model.kv_heads, {self.kv_heads}")
         rope_table(self.rope, self.head_size)
+
+    @staticmethod
+    def of(config: TransformerConfig, **options) -> "InfiniConfig":
+        """With the weights of a Transformer, and options of Infini-attention."""
+        shared = {field.name for field in dataclasses.fields(InfiniConfig)} & vars(config).keys()
+        return InfiniConfig(**({name: getattr(config, name) for name in shared} | options))
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The Transformer with full attention that has the same weights but for the gates."""
+        shared = {field.name for field in dataclasses.fields(TransformerConfig)} & vars(self).keys()
+        return TransformerConfig(**{name: getattr(self, name) for name in shared})
 
     @property
     def head_size(self) -> int:

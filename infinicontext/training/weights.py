@@ -25,6 +25,7 @@ from infinicontext.experiment import Experiment
 from infinicontext.files import new_folder
 from infinicontext.models import ModelConfig
 from infinicontext.models.streaming import Model
+from infinicontext.nn.parameters import is_parameter
 from infinicontext.pretrained.huggingface import copy_side_files
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.run_folder import KEPT, load_config, write_config
@@ -145,27 +146,39 @@ def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | N
 
 def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: int = 0) -> Model:
     """float32 parameters to begin training with, in a model with this config, which need not be the folder's: window, rotary scheme, dtype
-    and remat change no parameter, and LoRA's adapters are drawn from the seed where the folder has none.
+    and remat change no parameter. LoRA's adapters, and the gates of Infini-attention, are drawn where the folder has none.
 
     Raises:
       UserError: the parameters are not those of such a model.
     """
-    adapted = is_run(folder) and isinstance(load_config(folder).model, models.AdaptedConfig)
-    if isinstance(config, models.AdaptedConfig) and not adapted:
-
-        def adapt(model: Model) -> Model:
-            whole = models.build(config, nnx.Rngs(seed))
-            whole.model = model
-            return whole
-
-        where = sharding.shardings(models.abstract(config), mesh)
-        return jax.jit(adapt, out_shardings=where, donate_argnums=0)(starting_model(folder, config.model, mesh))
+    stored = load_config(folder).model if is_run(folder) else None
+    if type(stored) is not type(config):
+        if isinstance(config, models.AdaptedConfig):
+            return _grown(config, starting_model(folder, config.model, mesh), mesh, seed)
+        if isinstance(config, models.InfiniConfig):
+            return _grown(config, starting_model(folder, config.transformer, mesh), mesh, seed)
+        if isinstance(stored, models.AdaptedConfig):
+            return _merged(restore(folder, dataclasses.replace(stored, model=config), mesh)[1])
     if is_run(folder):
         return restore(folder, config, mesh)[1]
     if not isinstance(config, models.TransformerConfig):
         kind = type(config).__name__.removesuffix("Config")
         raise UserError(f"start_from {folder} is no run folder of a {kind}; infinicontext convert makes one of an official checkpoint")
     return pretrained.load(folder, mesh, config=config)
+
+
+def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int) -> Model:
+    """A model with this config and another's parameters, by name; those that the other lacks are drawn. The other's are donated."""
+
+    def grow(model: Model) -> Model:
+        whole = models.build(config, nnx.Rngs(seed))
+        if isinstance(whole, models.Adapted):
+            whole.model = model
+            return whole
+        own = dict(jax.tree_util.tree_leaves_with_path(model, is_leaf=is_parameter))
+        return jax.tree_util.tree_map_with_path(lambda path, drawn: own.get(path, drawn), whole, is_leaf=is_parameter)
+
+    return jax.jit(grow, out_shardings=sharding.shardings(models.abstract(config), mesh), donate_argnums=0)(model)
 
 
 def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
@@ -185,11 +198,16 @@ def _read_or_nothing(path: pathlib.Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def to_run(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None, command: str = "") -> None:
+def to_run(
+    source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None, segment: int | None = None, command: str = ""
+) -> None:
     """Makes a run folder with nothing but parameters: of a Hugging Face folder, at step 0, or of a run's checkpoint.
 
+    With `segment` the model, which must be a Transformer, gets Infini-attention in segments of so many tokens. It reads as before within a
+    segment; gates begin at -3.
+
     Raises:
-      UserError: the source cannot be read, or the target is not new.
+      UserError: the source cannot be read or is no Transformer, or the target is not new.
     """
     with new_folder(target) as folder:
         if is_run(source):
@@ -198,6 +216,12 @@ def to_run(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int 
         else:
             step, model = 0, _load_pretrained(source, mesh)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
+        if segment is not None:
+            model, step = _merged(model), 0
+            if not isinstance(model.config, models.TransformerConfig):
+                raise UserError(f"{source}: its model is of kind {type(model).__name__}; a memory can be given to a Transformer")
+            config = models.InfiniConfig.of(model.config, segment=segment, empty_memory="bypass", gate_init=-3.0)
+            model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config)
         keep_files(source, folder)
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.save(step, model)
