@@ -171,7 +171,9 @@ def intermediates(model, given):
         "wv_presilu": project(given["timenorm"], block.value, block.value_bias),
         "v": jax.nn.silu(given["wv_presilu"]),
         "wr_presilu": project(given["mx"], block.gate, block.gate_bias),
-        "attn": flat(block._attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None, packed=False, fresh=False)),
+        "attn": flat(
+            block._attend(q_BTHK, k_BTHK, heads(given["v"]), call.place, layer.cache, call.slots, None, packed=False, fresh=False)
+        ),
         "wh1": given["mx"] @ block.direct[...] + row(block.direct_bias),
         "wh2": jnp.einsum("bthk,hkd->btd", gated_BTHU, block.output[...]),
         "mega_out": given["block_in"] + given["wh1"] + given["wh2"],
@@ -197,7 +199,7 @@ def test_loss_and_gradients(name, dtype, load, tensors):
 
         (value, losses_BT), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
         assert_close((value, losses_BT), (expected["loss"], io["long.nll"]), OTHERS[dtype])
-        found = official._tensors(model.config, parameter_paths(gradient), np.dtype(np.float64))
+        found = dict(official._tensors(model.config, parameter_paths(gradient), np.dtype(np.float64)))
         wanted = {key.removeprefix("grad."): x for key, x in expected.items() if key.startswith("grad.")}
         assert_close({key: found[key] for key in wanted}, wanted, OTHERS[dtype])
         # Nothing else has a gradient.
@@ -358,6 +360,10 @@ def test_initialisation(mode, std):
         ({"rope_frequencies": (1.0,)}, "rope_frequencies"),
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
         ({"cema_block": 0}, "cema_block"),
+        ({"init_mode": "foo"}, "init_mode"),
+        ({"attention_dropout_mode": "foo"}, "attention_dropout_mode"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
     ],
 )
 def test_config_errors(change, field):
