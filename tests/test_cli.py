@@ -201,6 +201,8 @@ MISTAKES = {
     "eval runs/full --steps 4": ["evaluation", "steps: 3 -> 4"],
     "eval runs/full --evaluation.capacity 0": ["evaluation.capacity is 0", "1 or more"],
     "eval runs/full --evaluation.perplexity.scored 0": ["evaluation.perplexity.scored is 0", "1 or more"],
+    "eval runs/full --evaluation.norm-refresh 2 6 2": ["evaluation.norm_refresh is (2, 6, 2)", "at least the second"],
+    "eval runs/full --evaluation.norm-refresh 8 6 2": ["evaluation.norm_refresh is (8, 6, 2)", "MegalodonConfig", "not of a Transformer"],
     "eval runs/keys --evaluation.seed -1": ["evaluation.seed is -1"],
     "eval runs/keys --evaluation.passkey.digits 30": ["evaluation.passkey.digits is 30", "18"],
     "eval runs/keys --evaluation.passkey.depths 2": ["evaluation.passkey.depths is (2.0,)", "from 0 to 1"],
