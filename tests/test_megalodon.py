@@ -304,6 +304,21 @@ def test_dropout():
         assert np.abs(first - plain_BTD[:, :length]).max() > 1e-2
 
 
+def test_each_kind_of_dropout():
+    """Each rate alone matters, DropKey is not what post_softmax is, and without a key no rate does anything."""
+    tokens_BT, none = random_tokens(2, 12), {"dropout": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    kinds = [{name: 0.4} for name in none] + [{"attention_dropout": 0.4, "attention_dropout_mode": "dropkey"}]
+    built = [random_model(dataclasses.replace(TINY, layers=1, **none | rates)) for rates in ({}, *kinds)]
+    quick = {"xla_backend_optimization_level": 0}
+    run = jax.jit(lambda model, key: model.hidden(tokens_BT, model.init_state(2), dropout_key=key)[0], compiler_options=quick)
+    plain_BTD, *dropped = (run(model, jax.random.key(0)) for model in built)
+    for i, one_BTD in enumerate(dropped):
+        for other_BTD in (plain_BTD, *dropped[:i]):
+            assert np.abs(one_BTD - other_BTD).max() > 1e-2
+    for model in built[:2]:
+        np.testing.assert_array_equal(run(model, None), plain_BTD)
+
+
 # --- Configuration ---
 
 
