@@ -43,6 +43,10 @@ class Size:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 or more")
 
 
+LONGEST_SCAN = 8192  # tokens; gradients through longer scans over tokens are left out, because each round would take minutes
+GROUPS = 32  # of the timestep norms
+
+
 class Candidate:
     """A function and its arguments, compiled once; `compiled` False for one that compiles its parts itself."""
 
@@ -95,6 +99,19 @@ def matmul_limit(rounds: int) -> float:
     return 2 * 512 * 256 * 64 * 64 / statistics.median(candidate.seconds)
 
 
+def copy_seconds(x: jax.Array, rounds: int) -> float:
+    """Seconds to read an array and write one of its size."""
+    candidate = Candidate(lambda x: x + 1, x)
+    interleave({"": candidate}, rounds)
+    return statistics.median(candidate.seconds)
+
+
+def require_groups(size: Size) -> None:
+    """Raises UserError where `GROUPS` groups do not have two channels or more each."""
+    if size.dim % GROUPS or size.dim == GROUPS:
+        raise UserError(f"--dim is {size.dim}; here it must be a multiple of {GROUPS}, {2 * GROUPS} or more")
+
+
 def with_gradient(function: Callable) -> Callable:
     """The sum of squares of what a function returns, with gradients for all its arguments."""
     loss = lambda *arguments: sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(function(*arguments)))
@@ -104,6 +121,8 @@ def with_gradient(function: Callable) -> Callable:
 def bench_cema(size: Size, order: int = 16) -> None:
     """CEMA forward and with gradient: blocks, the scan over tokens, the FFT; blocks with documents; megalodon-jax."""
     B, T, D = size.batch, size.length, size.dim
+    if D < 2:
+        raise UserError(f"--dim is {D}; it must be 2 or more")
     layer, x_BTD = CEMA(D, order, nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (B, T, D))
     state, starts_BT = layer.init_state(B), (jnp.arange(T)[None] % 500 == 0).repeat(B, axis=0)
     run = lambda layer, x_BTD, **options: layer(x_BTD, state, **options)
@@ -115,7 +134,7 @@ def bench_cema(size: Size, order: int = 16) -> None:
     }
     forward = {name: Candidate(form, layer, x_BTD) for name, form in forms.items()}
     forward["blocks, tables given"] = Candidate(lambda tables, x_BTD: layer(x_BTD, state, tables=tables), cema_tables(layer), x_BTD)
-    gradient = {name: Candidate(with_gradient(form), layer, x_BTD) for name, form in forms.items() if name != "scan over tokens"}
+    gradient = {name: Candidate(with_gradient(form), layer, x_BTD) for name, form in forms.items() if _is_short(name, T)}
     if peer := _peer("megalodon_jax.layers.complex_ema", "ComplexEMA"):
         theirs, x_BDT = peer(D, order, key=jax.random.key(0)), jnp.swapaxes(x_BTD, 1, 2)
         segment_ids_BT = jnp.cumsum(starts_BT, axis=1)
@@ -126,43 +145,71 @@ def bench_cema(size: Size, order: int = 16) -> None:
     limit = matmul_limit(size.rounds)
     block = cema_tables(layer).kernel_DC.shape[1]
     flops = (2 * block + 8 * order) * B * T * D
-    per = {"ns/token/chan.": lambda seconds, _: f"{1e9 * seconds / (B * T * D):.1f}", **_temp(x_BTD.nbytes)}
-    share = {"matmul limit": lambda seconds, candidate: f"{flops / seconds / limit:.0%}" if _is_block(forward, candidate) else ""}
+    per = _per_channel(B * T * D) | _temp(x_BTD.nbytes)
+    # A gradient is two products for each one forward.
+    in_blocks = [value for candidates in (forward, gradient) for name, value in candidates.items() if name.startswith("blocks")]
+    share = lambda flops: {"matmul limit": lambda seconds, it: f"{flops / seconds / limit:.0%}" if it in in_blocks else ""}
     print(f"{machine()}\nB {B}, T {T}, D {D}, N {order}, blocks of {block}; batched matmul of 64: {limit / 1e9:.0f} GFLOP/s")
     interleave(forward, size.rounds)
-    table("CEMA forward", forward, per | share)
+    table("CEMA forward", forward, per | share(flops))
     interleave(gradient, size.rounds)
-    table("CEMA forward and gradient", gradient, per)
+    table("CEMA forward and gradient", gradient, per | share(3 * flops))
 
 
-def _is_block(forward: dict[str, Candidate], candidate: Candidate) -> bool:
-    return any(value is candidate and name.startswith("blocks") for name, value in forward.items())
+def _is_short(name: str, length: int) -> bool:
+    """Whether the gradient of a form is measured; says so where it is not."""
+    if name != "scan over tokens" or length <= LONGEST_SCAN:
+        return True
+    print(f"the gradient of the scan over tokens is left out above {LONGEST_SCAN} tokens")
+    return False
 
 
-def bench_timestep_norm(size: Size, groups: int = 32) -> None:
-    """Timestep normalisation forward and with gradient, with and without documents; megalodon-jax."""
+def normalise_by_scan(layer: TimestepNorm, x_BTD: jax.Array) -> jax.Array:
+    """Timestep normalisation by its definition, token by token from an empty state, without the prior."""
+    (B, T, D), G = x_BTD.shape, layer.groups
+
+    def step(before, xs):
+        (mean_BG, variance_BG), (count, x_BD) = before, xs
+        x_BGF = x_BD.reshape(B, G, D // G)
+        apart_BG = jnp.mean(x_BGF, axis=-1) - mean_BG
+        mean_BG += apart_BG / count
+        variance_BG += (jnp.var(x_BGF, axis=-1) - variance_BG + (1 - 1 / count) * jnp.square(apart_BG)) / count
+        y_BGF = (x_BGF - mean_BG[..., None]) * jax.lax.rsqrt(variance_BG + layer.epsilon)[..., None]
+        return (mean_BG, variance_BG), y_BGF.reshape(B, D) * (layer.weight[...] + 1)[None] + layer.bias[...][None]
+
+    zeros_BG = jnp.zeros((B, G), x_BTD.dtype)
+    _, y_TBD = jax.lax.scan(step, (zeros_BG, zeros_BG), (jnp.arange(1, T + 1, dtype=x_BTD.dtype), jnp.moveaxis(x_BTD, 1, 0)))
+    return jnp.moveaxis(y_TBD, 0, 1)
+
+
+def bench_timestep_norm(size: Size, groups: int = GROUPS) -> None:
+    """Timestep normalisation forward and with gradient, with and without documents; the scan over tokens; megalodon-jax."""
     B, T, D = size.batch, size.length, size.dim
+    require_groups(size)
     layer, x_BTD = TimestepNorm(D, groups), jax.random.normal(jax.random.key(0), (B, T, D))
     state, starts_BT = layer.init_state(B), (jnp.arange(T)[None] % 500 == 0).repeat(B, axis=0)
     run = lambda layer, x_BTD, **options: layer(x_BTD, state, **options)[0]
-    forms = {"ours": run, "ours, documents of 500": functools.partial(run, starts_BT=starts_BT)}
+    forms = {"ours": run, "ours, documents of 500": functools.partial(run, starts_BT=starts_BT), "scan over tokens": normalise_by_scan}
     forward = {name: Candidate(form, layer, x_BTD) for name, form in forms.items()}
-    gradient = {name: Candidate(with_gradient(form), layer, x_BTD) for name, form in forms.items()}
+    gradient = {name: Candidate(with_gradient(form), layer, x_BTD) for name, form in forms.items() if _is_short(name, T)}
     if peer := _peer("megalodon_jax.layers.timestep_norm", "TimestepNorm"):
         theirs, segment_ids_BT = peer(D, groups), jnp.cumsum(starts_BT, axis=1)
         forward["megalodon-jax"] = Candidate(lambda x_BTD: theirs(x_BTD)[0], x_BTD)
         forward["megalodon-jax, documents"] = Candidate(lambda x_BTD: theirs(x_BTD, segment_ids=segment_ids_BT)[0], x_BTD)
         gradient["megalodon-jax"] = Candidate(with_gradient(lambda x_BTD: theirs(x_BTD)[0]), x_BTD)
-    per = {"ns/token/chan.": lambda seconds, _: f"{1e9 * seconds / (B * T * D):.1f}", **_temp(x_BTD.nbytes)}
-    print(f"{machine()}\nB {B}, T {T}, D {D}, {groups} groups")
+    limit = copy_seconds(x_BTD, size.rounds)
+    per = _per_channel(B * T * D) | _temp(x_BTD.nbytes)
+    share = lambda copies: {"copy limit": lambda seconds, _: f"{copies * limit / seconds:.0%}"}
+    print(f"{machine()}\nB {B}, T {T}, D {D}, {groups} groups; reading x and writing as much: {1e3 * limit:.2f} ms, with gradient twice")
     interleave(forward | {f"{name} gradient": value for name, value in gradient.items()}, size.rounds)
-    table("Timestep normalisation forward", forward, per)
-    table("Timestep normalisation forward and gradient", gradient, per)
+    table("Timestep normalisation forward", forward, per | share(1))
+    table("Timestep normalisation forward and gradient", gradient, per | share(2))
 
 
 def bench_megalodon(size: Size, new_tokens: int = 200) -> None:
     """A 4-layer model (chunk 256) forward, in training, in training with packed documents, and decoding; megalodon-jax."""
     B, T, D = size.batch, size.length, size.dim
+    require_groups(size)
     sizes = {"z": D // 4, "value": 2 * D, "ffn": 5 * D // 2}
     config = MegalodonConfig(
         vocab_size=256, dim=D, layers=4, z_dim=sizes["z"], value_dim=sizes["value"], feed_forward=sizes["ffn"], swiglu=False, remat=False
@@ -215,15 +262,26 @@ def bench_megalodon(size: Size, new_tokens: int = 200) -> None:
         decoding["megalodon-jax"] = Candidate(
             lambda: megalodon_jax.generate(theirs, prompt_BT, new_tokens, temperature=0.0)[0], compiled=False
         )
-    print(f"{machine()}\nB {B}, T {T}, D {D}, {parameter_count(model):,} parameters")
+    limit = matmul_limit(size.rounds)
+    matmul = f"batched matmul of 64: {limit / 1e9:.0f} GFLOP/s"
+    print(f"{machine()}\nB {B}, T {T}, D {D}, {config.layers} layers, {parameter_count(model):,} parameters; {matmul}")
     for title, candidates in tables.items():
         interleave(candidates, size.rounds)
-        tokens = B * (new_tokens if "decoding" in title else T)
-        temp = {} if "decoding" in title else {"temp MiB": lambda _, candidate: f"{candidate.temp_bytes / 2**20:.0f}"}
-        table(title, candidates, {"tokens/s": lambda seconds, _, tokens=tokens: f"{tokens / seconds:,.0f}"} | temp)
+        decoding = "decoding" in title
+        tokens, length = B * (new_tokens if decoding else T), prompt_BT.shape[1] + new_tokens if decoding else T
+        # A gradient is two products for each one forward.
+        flops = config.flops_per_token(length) * tokens * (3 if "training" in title else 1)
+        speed = {"tokens/s": lambda seconds, _, tokens=tokens: f"{tokens / seconds:,.0f}"} | _per_channel(tokens * D)
+        share = {"matmul limit": lambda seconds, _, flops=flops: f"{flops / seconds / limit:.0%}"}
+        temp = {} if decoding else {"temp MiB": lambda _, candidate: f"{candidate.temp_bytes / 2**20:.0f}"}
+        table(title, candidates, speed | share | temp)
 
 
 BENCHMARKS = {"cema": bench_cema, "timestep_norm": bench_timestep_norm, "megalodon": bench_megalodon}
+
+
+def _per_channel(count: int) -> dict[str, Callable]:
+    return {"ns/token/chan.": lambda seconds, _: f"{1e9 * seconds / count:.1f}"}
 
 
 def _temp(input_bytes: int) -> dict[str, Callable]:

@@ -24,9 +24,11 @@ from infinicontext.evaluation.suite import state_grows
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
 from infinicontext.inference.generate import Generation, RopePolicy, stream
+from infinicontext.inference.norm_refresh import check_refresh, reader
 from infinicontext.inference.text import TextStream, follow
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
+from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training import weights
 from infinicontext.training.evaluate import evaluate_run, is_evaluated
 from infinicontext.training.loop import check, check_devices, describe_step, enable_compilation_cache, train
@@ -87,6 +89,7 @@ def make_parser() -> Parser:
         command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command)
         return command
 
+    rope_help = "official MEGALODON checkpoints: the rotary frequencies stored there (default), or those of the formula"
     fields = "Any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help after an experiment lists them."
     command = add("train", run_train, f"Train an experiment, or resume it. {fields}", takes_overrides=True)
     command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION, as in experiments/passkey.py:full")
@@ -131,6 +134,15 @@ def make_parser() -> Parser:
     command.add_argument("--rope-policy", choices=get_args(RopePolicy), default="planned", help="LongRoPE: which factors a prompt turns by")
     command.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     command.add_argument("--segment", type=int, default=defaults.segment, help="prompt tokens per call")
+    command.add_argument(
+        "--norm-refresh",
+        type=int,
+        nargs=3,
+        metavar="CHUNKS",
+        help="MEGALODON: read prompts with norm statistics that forget, as the official code does with 8 6 2: the chunk they are first "
+        "replaced at, the last chunks they are then taken from, chunks per call",
+    )
+    command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
@@ -141,6 +153,8 @@ def make_parser() -> Parser:
     command.add_argument("--to", choices=("run", "huggingface", "megalodon", "infini"), help="default: run, and for a run huggingface")
     command.add_argument("--segment", type=int, help="--to infini gives a Transformer a memory: tokens per segment; default: 2048")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
+    command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
+    command.add_argument("--shards", type=int, metavar="N", help="--to megalodon: the model-parallel size; default: 1")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
@@ -224,10 +238,14 @@ def run_generate(options: argparse.Namespace) -> None:
         raise UserError("--stop has an empty text; each must have one character or more")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "rope_policy", "segment")
     generation = Generation(**{name: getattr(options, name) for name in names})
+    read = None
+    if options.norm_refresh:
+        check_refresh("--norm-refresh", tuple(options.norm_refresh))
+        read = reader(tuple(options.norm_refresh))
     enable_compilation_cache()
     mesh = all_on_tensor()
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-        loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step)
+        loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step, rope=options.rope)
         generation = dataclasses.replace(generation, stop=tuple((token,) for token in loaded.stop))
         ids = [weights.prompt_ids(loaded, prompt) for prompt in prompts]
         output, temporary = sys.stdout, None
@@ -242,7 +260,7 @@ def run_generate(options: argparse.Namespace) -> None:
         for at in range(0, len(prompts), options.batch_size):
             part = ids[at : at + options.batch_size]
             rows = [TextStream(loaded.tokenizer, prompt, options.stop) for prompt in part]
-            for new in follow(rows, stream(loaded.model, part, generation, first_row=at)):
+            for new in follow(rows, stream(loaded.model, part, generation, first_row=at, read=read)):
                 if len(prompts) == 1 and not temporary:
                     print(new[0], end="", flush=True)
             if len(prompts) == 1 and not temporary:
@@ -288,16 +306,22 @@ def run_convert(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source} is no run folder; convert it to one first, --to run")
     if options.dtype and to != "huggingface":
         raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
+    if options.shards is not None and to != "megalodon":
+        raise UserError(f"--shards is {options.shards}; it goes with --to megalodon")
     if options.step is not None and not from_run:
         raise UserError(f"--step is {options.step}, but {options.source} is no run folder and has no checkpoints")
+    if options.rope is not None and not weights.is_official(options.source):
+        raise UserError(f"--rope is {options.rope}, but {options.source} is no checkpoint of the official MEGALODON code")
+    shards = 1 if options.shards is None else options.shards
     with jax.set_mesh(mesh):
         if to == "huggingface":
             weights.to_huggingface(options.source, options.target, mesh, dtype=options.dtype, step=options.step)
         elif to == "megalodon":
-            weights.to_megalodon(options.source, options.target, mesh, step=options.step)
+            weights.to_megalodon(options.source, options.target, mesh, step=options.step, shards=shards)
         else:
             segment = (options.segment or 2048) if to == "infini" else None
-            weights.to_run(options.source, options.target, mesh, step=options.step, segment=segment, command=options.line)
+            how = {"step": options.step, "rope": options.rope, "segment": segment}
+            weights.to_run(options.source, options.target, mesh, **how, command=options.line)
     print(options.target)
 
 

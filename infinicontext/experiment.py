@@ -9,7 +9,7 @@ from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import Evaluation
-from infinicontext.models import ModelConfig
+from infinicontext.models import MegalodonConfig, ModelConfig
 from infinicontext.objectives.next_token import NextToken
 from infinicontext.sharding import MeshConfig
 from infinicontext.training.optimizer import OptimizerConfig
@@ -58,6 +58,11 @@ class Experiment:
             raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if self.objective.loss == "answers" and isinstance(self.data, CorpusData):
             raise UserError("objective.loss is answers, but data is CorpusData, which marks no answers; use all")
+        if self.evaluation.norm_refresh and not (isinstance(self.model, MegalodonConfig) and isinstance(self.data, CorpusData)):
+            raise UserError(
+                f"evaluation.norm_refresh is {self.evaluation.norm_refresh}; it is for perplexity of a MegalodonConfig on CorpusData, "
+                f"not of a {type(self.model).__name__} on {type(self.data).__name__}"
+            )
 
     @property
     def train_length(self) -> int:

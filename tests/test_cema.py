@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.signal
 import scipy.special
 from flax import nnx
 from hypothesis import given, settings
@@ -353,9 +354,8 @@ def test_errors_of_the_user():
 # ---------------------------------------------------------------- long sequences
 
 
-@pytest.mark.slow
 def test_error_at_64k_tokens():
-    """Decays up to |q| = 1 - 1.4e-6, against a loop in float64 with the same float32 coefficients."""
+    """Decays up to |q| = 1 - 1.4e-6, against a recurrent filter in float64 with the same float32 coefficients."""
     channels, order, length, rng = 8, 8, 65536, np.random.default_rng(0)
     layer = CEMA(channels, order, nnx.Rngs(0))
     for parameter in (layer.alpha, layer.delta):
@@ -364,10 +364,10 @@ def test_error_at_64k_tokens():
     tables = jax.tree.map(lambda x: np.asarray(x, np.float64), cema_tables(layer, "float32", 1))
     q_DN = np.exp(tables.log_decay_DN + 2j * np.pi * tables.turn_DN)
     eta_DN = tables.eta_DK[:, :order] + 1j * tables.eta_DK[:, order:]
-    h_DN, expected_TD = np.zeros((channels, order), complex), np.empty((length, channels))
-    for t in range(length):
-        h_DN = q_DN * h_DN + tables.gain_DN * x_TD[t, :, None]
-        expected_TD[t] = (eta_DN * h_DN).real.sum(-1) + tables.omega_D * x_TD[t]
+    expected_TD = tables.omega_D * x_TD
+    for d, n in np.ndindex(channels, order):
+        h_T = scipy.signal.lfilter([tables.gain_DN[d, n]], [1, -q_DN[d, n]], x_TD[:, d].astype(complex))
+        expected_TD[:, d] += (eta_DN[d, n] * h_T).real
     y_BTD, _ = run(layer, jnp.asarray(x_TD)[None], layer.init_state(1), block=32)
     error = np.sqrt(np.mean((np.asarray(y_BTD[0], np.float64) - expected_TD) ** 2) / np.mean(expected_TD**2))
     assert error < 5e-5

@@ -187,6 +187,24 @@ def test_gradient_of_a_bfloat16_cache():
     assert np.abs(as_float(found)[1]).max() > 0.1
 
 
+def test_dropout_over_shards():
+    """Every rate at once: loss and gradients are finite, and repeat with the key."""
+    config = dataclasses.replace(CONFIG, dtype="float32", layers=1, dropout=0.2, hidden_dropout=0.2, attention_dropout=0.2)
+    model, mesh = models.build(config, nnx.Rngs(0)), make_mesh(CONTEXT_4)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.value_and_grad
+    def loss(model, key):
+        hidden_BTD, _ = model.hidden(TOKENS_BT, model.init_state(B), SEGMENTS_BT, dropout_key=key)
+        return jnp.sum(jnp.square(jnp.where(SEGMENTS_BT[..., None] > 0, hidden_BTD, 0)))
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, sharding.shardings(model, mesh))
+        first, again, other = (loss(placed, jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_tree_all_finite(whole(first))
+    assert first[0] == again[0] != other[0]
+
+
 def test_a_training_step(float64):
     """Loss and gradient norm; here layers are computed again in the backward pass."""
     experiment = Experiment("tiny", dataclasses.replace(CONFIG, remat=True), PasskeyData(lengths=(128,)), OBJECTIVE, batch_size=B)

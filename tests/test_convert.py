@@ -17,6 +17,7 @@ from infinicontext.cli import all_on_tensor, main
 from infinicontext.data.tokenizers import word_tokenizer
 from infinicontext.models import MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig
+from infinicontext.training.run_folder import load_config
 from infinicontext.training.weights import load_model, stop_ids
 
 WORDS = "the key is one two three four five six seven eight nine ten , ."
@@ -223,8 +224,43 @@ def test_official_megalodon_there_and_back(tmp_path, capsys):
     main(["convert", str(tmp_path / "run"), str(tmp_path / "back"), "--to", "megalodon"])
     for one, other in zip(jax.tree.leaves(pretrained.megalodon.load(tmp_path / "back")), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(one, other)
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "two"), "--to", "megalodon", "--shards", "2"])
+    assert (tmp_path / "two" / "consolidated.01.pth").exists()
+    assert "shards is 3; " in fails(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--to", "megalodon", "--shards", "3")
+    assert "--shards is 2; it goes with" in fails(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--shards", "2")
     assert "transformers has no Megalodon" in fails(capsys, "convert", tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_rotary_frequencies_and_norm_refresh_on_the_command_line(run, tmp_path, capsys):
+    tokenizer = word_tokenizer([WORDS])
+    config = MegalodonConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=12,
+        layers=1,
+        z_dim=4,
+        feed_forward=16,
+        cema_order=2,
+        chunk=3,
+        norm_groups=4,
+        rope_frequencies=(1.0, 0.5),
+    )
+    pretrained.megalodon.save(models.build(config, nnx.Rngs(0)), tmp_path / "official")
+    tokenizer.library.save(str(tmp_path / "official" / "tokenizer.json"))
+    with pytest.warns(UserWarning, match="--rope formula"):
+        main(["convert", str(tmp_path / "official"), str(tmp_path / "stored")])
+    main(["convert", str(tmp_path / "official"), str(tmp_path / "formula"), "--rope", "formula"])
+    frequencies = [load_config(tmp_path / name).model.rope_frequencies for name in ("stored", "formula")]
+    assert frequencies == [(1.0, 0.5), None]
+    assert "is no checkpoint of the official" in fails(capsys, "convert", run, tmp_path / "new", "--to", "run", "--rope", "formula")
+    assert "is no checkpoint of the official" in fails(capsys, "generate", "the", "--model", run, "--rope", "formula")
+
+    generate = ("generate", WORDS + WORDS, "--model", tmp_path / "official", "--rope", "formula", "--max-new-tokens", "3")
+    main([*map(str, generate), "--norm-refresh", "2", "1", "1"])
+    assert capsys.readouterr().out.strip()
+    assert "--norm-refresh is (2, 6, 2); the first number must be" in fails(capsys, *generate, "--norm-refresh", "2", "6", "2")
+    refused = fails(capsys, "generate", "the key is", "--model", run, "--norm-refresh", "8", "6", "2")
+    assert "goes with a Megalodon, not with a Transformer" in refused
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(folder, tmp_path, capsys):

@@ -21,6 +21,7 @@ from infinicontext.data.passkey import FILLER, INSTRUCTION, KEY_LINE, QUESTION
 from infinicontext.data.tokenizers import ByteTokenizer, load_tokenizer
 from infinicontext.evaluation.passkey import PasskeyEvaluation, answer_greedily, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, bits_per_byte, evaluate_perplexity, ngram_losses, stream_losses
+from infinicontext.models import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 
 VOCAB = 17
@@ -122,6 +123,18 @@ def test_lengths_that_cannot_be_scored_are_skipped_with_the_reason():
         60: "the longest validation document has 60 tokens",
         1000: "the longest validation document has 60 tokens",
     }
+
+
+def test_norm_refresh_is_scored_and_said():
+    config = MegalodonConfig(dim=8, layers=1, z_dim=4, feed_forward=8, cema_order=2, chunk=4, norm_groups=2)
+    model = models.build(config, nnx.Rngs(0))
+    evaluated = lambda **how: evaluate_perplexity(
+        model, CORPUS, PerplexityEvaluation(documents=2, scored=10), [40], limit=40, segment=8, **how
+    )
+    plain, refreshed = evaluated(), evaluated(norm_refresh=(2, 1, 1))
+    assert abs(plain["by_length"][0]["nll"] - refreshed["by_length"][0]["nll"]) > 1e-6
+    assert "(2, 1, 1)" in refreshed["protocol"]
+    assert "refreshed" not in plain["protocol"]
 
 
 # Baselines.

@@ -199,7 +199,7 @@ def test_loss_and_gradients(name, dtype, load, tensors):
 
         (value, losses_BT), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
         assert_close((value, losses_BT), (expected["loss"], io["long.nll"]), OTHERS[dtype])
-        found = official._tensors(model.config, parameter_paths(gradient), np.dtype(np.float64))
+        found = dict(official._tensors(model.config, parameter_paths(gradient), np.dtype(np.float64)))
         wanted = {key.removeprefix("grad."): x for key, x in expected.items() if key.startswith("grad.")}
         assert_close({key: found[key] for key in wanted}, wanted, OTHERS[dtype])
         # Nothing else has a gradient.
@@ -304,6 +304,21 @@ def test_dropout():
         assert np.abs(first - plain_BTD[:, :length]).max() > 1e-2
 
 
+def test_each_kind_of_dropout():
+    """Each rate alone matters, DropKey is not what post_softmax is, and without a key no rate does anything."""
+    tokens_BT, none = random_tokens(2, 12), {"dropout": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    kinds = [{name: 0.4} for name in none] + [{"attention_dropout": 0.4, "attention_dropout_mode": "dropkey"}]
+    built = [random_model(dataclasses.replace(TINY, layers=1, **none | rates)) for rates in ({}, *kinds)]
+    quick = {"xla_backend_optimization_level": 0}
+    run = jax.jit(lambda model, key: model.hidden(tokens_BT, model.init_state(2), dropout_key=key)[0], compiler_options=quick)
+    plain_BTD, *dropped = (run(model, jax.random.key(0)) for model in built)
+    for i, one_BTD in enumerate(dropped):
+        for other_BTD in (plain_BTD, *dropped[:i]):
+            assert np.abs(one_BTD - other_BTD).max() > 1e-2
+    for model in built[:2]:
+        np.testing.assert_array_equal(run(model, None), plain_BTD)
+
+
 # --- Configuration ---
 
 
@@ -360,6 +375,10 @@ def test_initialisation(mode, std):
         ({"rope_frequencies": (1.0,)}, "rope_frequencies"),
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
         ({"cema_block": 0}, "cema_block"),
+        ({"init_mode": "foo"}, "init_mode"),
+        ({"attention_dropout_mode": "foo"}, "attention_dropout_mode"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
     ],
 )
 def test_config_errors(change, field):

@@ -6,8 +6,10 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
+import tracemalloc
 import warnings
 import zipfile
 
@@ -23,6 +25,7 @@ from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
+from infinicontext.pretrained import megalodon as official
 from infinicontext.pretrained.megalodon import load, save
 from infinicontext.pretrained.placement import parameter_paths
 from infinicontext.pretrained.tensor_files import open_tensors, save_pth
@@ -125,6 +128,43 @@ def test_bfloat16(tmp_path):
     assert open_tensors(tmp_path / "out" / "consolidated.pth")["rope.freqs"].dtype == np.float32
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"fsdp": 4}])
+def test_shards_onto_a_mesh(tmp_path, mesh):
+    """Slices that lie in one shard, in several, and that shards and mesh cut on different axes."""
+    model = random_model("swiglu", heads=4, dim=24, z_dim=16, norm_groups=6)
+    save(model, tmp_path / "two", shards=2)
+    placed = load(tmp_path / "two", sharding.make_mesh(sharding.MeshConfig(**mesh)))
+    for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(placed)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def peak_bytes(run) -> int:
+    """The most memory that Python and NumPy held meanwhile; arrays of JAX are not counted."""
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_of_reading_and_writing(tmp_path, monkeypatch):
+    """Writing holds a tensor and its copy on the way, reading the slice that is read, whatever the number of layers and shards."""
+    model = random_model("swiglu", dim=96, z_dim=48, layers=6, feed_forward=4000, norm_groups=6, vocab_size=50)
+    tensor = model.blocks.feed_forward_in[...].nbytes // 6
+    save(model, tmp_path / "once")  # what is compiled for it is not measured
+    assert peak_bytes(lambda: save(model, tmp_path / "two", shards=2)) < 2.5 * tensor
+
+    readers = []
+    monkeypatch.setattr(official, "fill", lambda model, mesh, reader: readers.append(reader))
+    load(tmp_path / "two")
+    shape = (6, 96, 4000)
+    read = readers[0]("blocks/feed_forward_in", shape)
+    for columns in (slice(0, 1000), slice(1000, 3000)):  # in one shard, in both
+        index = (slice(None), slice(None), columns)
+        size = read(index).nbytes
+        assert size <= peak_bytes(lambda: read(index)) < 1.1 * size
+
+
 def test_onto_a_mesh(tmp_path):
     """Shards read onto eight devices, and written from there."""
     model, mesh = random_model("swiglu"), sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
@@ -190,6 +230,14 @@ def test_other_mistakes(saved, tmp_path):
     refused("in model, moving_window is unknown", moving_window=1)
     refused("model.norm_groups is 5", norm_num_groups=5)
     refused("output.output.weight differs from embed.weight", share_emb=True)
+    refused("model.init_mode is foo; it must be one of he,", init_mode="foo")
+    refused("model.norm_epsilon is -1", norm_eps=-1)
+    refused("model.rope_base is nan", rope_base=float("nan"))
+    wrong = {"num_layers": "2", "model_dim": None, "dropout": None, "chunk_size": 16.0, "num_heads": True, "swiglu": 1, "init_mode": 3}
+    wrong |= {"rope_base": "big", "norm_eps": "1e-5", "vocab_size": [17], "efficient_attn": 1}
+    for name, value in wrong.items():
+        kinds = "an integer|a number|true or false|a string"
+        refused(rf"config.json: in model, {name} is {re.escape(json.dumps(value))}, not ({kinds})$", **{name: value})
     (path / "config.json").write_text(json.dumps(record | {"model": record["model"] | {"vocab_size": -1}}))
     assert load(path).config.vocab_size == EXAMPLES["swiglu"].vocab_size
     change(output__final_norm__prior_count=np.array(3))
@@ -297,7 +345,7 @@ def test_refuses_tensors_that_lie(tmp_path, changes):
 def test_damaged_files(tmp_path, suffix):
     tensors = {"w": np.ones((4, 8), np.float32), "b": np.ones(3, np.float32)}
     file = tmp_path / f"x{suffix}"
-    save_pth(tensors, file) if suffix == ".pth" else save_file(tensors, file)
+    save_pth(tensors.items(), file) if suffix == ".pth" else save_file(tensors, file)
     data = file.read_bytes()
     for damaged in (b"", b"nothing of the kind", data[: len(data) // 2], data[:40]):
         file.write_bytes(damaged)

@@ -12,6 +12,7 @@ import numpy as np
 
 from infinicontext.data.corpora import Corpus
 from infinicontext.errors import UserError
+from infinicontext.inference.norm_refresh import read_with_norm_refresh
 from infinicontext.models.streaming import Model, read
 from infinicontext.objectives.next_token import NextToken, counted, token_losses, token_weights, weighted_loss
 
@@ -29,9 +30,14 @@ class PerplexityEvaluation:
                 raise UserError(f"evaluation.perplexity.{name} is {getattr(self, name)}; it must be 1 or more")
 
 
-def stream_losses(model: Model, tokens_BS: jax.Array, *, segment: int) -> jax.Array:
-    """The loss of each token after the first, read in one stream from an empty state: tokens_BS int32 -> losses_BL float32, L = S - 1."""
+def stream_losses(model: Model, tokens_BS: jax.Array, *, segment: int, norm_refresh: tuple[int, int, int] | None = None) -> jax.Array:
+    """The loss of each token after the first, read in one stream from an empty state: tokens_BS int32 -> losses_BL float32, L = S - 1.
+
+    `segment` is the number of tokens per call; with `norm_refresh` (inference/norm_refresh.py) that says how a Megalodon reads instead.
+    """
     inputs_BL, targets_BL = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    if norm_refresh:
+        return read_with_norm_refresh(model, inputs_BL, refresh=norm_refresh, visit=token_losses, extra=targets_BL)[0]
     state = model.init_state(*inputs_BL.shape)
     return read(model, inputs_BL, state, segment=segment, visit=token_losses, extra=targets_BL)[0]
 
@@ -44,6 +50,7 @@ def evaluate_perplexity(
     *,
     limit: int,
     segment: int,
+    norm_refresh: tuple[int, int, int] | None = None,
     say=lambda line: None,
 ) -> dict:
     """The same tokens scored with more and more context, and all tokens by position.
@@ -55,6 +62,7 @@ def evaluate_perplexity(
       lengths: context lengths of the comparison; the longest that some document has decides the documents.
       limit: the longest that this model can read; longer ones are skipped, but still decide the documents.
       segment: tokens per call.
+      norm_refresh: as in `stream_losses`.
       say: told of progress, a line per length.
 
     Returns:
@@ -70,12 +78,13 @@ def evaluate_perplexity(
             f"The last {config.scored} of the first {reach + 1} tokens of {len(chosen)} validation document(s) are scored after reading "
             "L tokens that end with them, in one stream from an empty state: the same tokens at every L. By position: all tokens of the "
             "longest such pass."
+            + (f" Norm statistics are refreshed as the official MEGALODON code does: {norm_refresh}, in chunks." if norm_refresh else "")
         ),
         "by_length": [],
         "by_position": [],
         "skipped": [],
     }
-    run = jax.jit(stream_losses, static_argnames="segment")
+    run = jax.jit(stream_losses, static_argnames=("segment", "norm_refresh"))
     for length in sorted(lengths):
         if length > limit:
             result["skipped"].append({"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"})
@@ -87,7 +96,7 @@ def evaluate_perplexity(
             result["skipped"].append({"length": length, "reason": f"shorter than the {config.scored} tokens that are scored"})
             continue
         part_BS = tokens_BS[:, reach - length :]
-        compiled = run.lower(model, part_BS, segment=segment).compile()
+        compiled = run.lower(model, part_BS, segment=segment, norm_refresh=norm_refresh).compile()
         clock = time.perf_counter()
         losses_BL = np.asarray(compiled(model, part_BS))
         seconds = time.perf_counter() - clock

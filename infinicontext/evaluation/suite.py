@@ -15,6 +15,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
+from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
 Task = Literal["perplexity", "passkey", "accuracy"]
@@ -28,6 +29,7 @@ class Evaluation:
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)  # tokens read
     segment: int = 1024  # tokens per call while a long input is read
     capacity: int = 65536  # the largest cache that is allocated for a model whose state grows
+    norm_refresh: tuple[int, int, int] | None = None  # perplexity as official MEGALODON scores, 8 6 2 (inference/norm_refresh.py)
     seed: int = 0
     perplexity: PerplexityEvaluation = PerplexityEvaluation()
     passkey: PasskeyEvaluation = PasskeyEvaluation()
@@ -40,6 +42,8 @@ class Evaluation:
         for name in ("segment", "capacity"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.norm_refresh:
+            check_refresh("evaluation.norm_refresh", self.norm_refresh)
 
 
 def state_grows(model: Model) -> bool:
@@ -95,7 +99,16 @@ def evaluate(
             "validation_nll": validation_nll,
             "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
             "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
-        } | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, segment=evaluation.segment, say=say)
+        } | evaluate_perplexity(
+            model,
+            held_out,
+            evaluation.perplexity,
+            lengths,
+            limit=limit,
+            segment=evaluation.segment,
+            norm_refresh=evaluation.norm_refresh,
+            say=say,
+        )
     if "accuracy" in evaluation.tasks:
         tasks["accuracy"] = evaluate_accuracy(model, load_images(data, "validation"))
         say(f"accuracy {tasks['accuracy']['accuracy']:.4f} of {tasks['accuracy']['images']} images")

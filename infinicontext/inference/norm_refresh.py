@@ -19,6 +19,13 @@ from infinicontext.errors import UserError
 from infinicontext.models.megalodon import Megalodon, MegalodonState
 
 
+def check_refresh(name: str, refresh: tuple[int, int, int]) -> None:
+    """Raises UserError where the counts, called `name`, do not fit one another."""
+    first, again, step = refresh
+    if not (first >= again >= 1 and step >= 1):
+        raise UserError(f"{name} is {refresh}; the first number must be at least the second, and the second and third 1 or more")
+
+
 def read_with_norm_refresh(
     model: Megalodon,
     tokens_BL: jax.Array,
@@ -39,7 +46,13 @@ def read_with_norm_refresh(
 
     Returns:
       What `visit` returned, joined on axis 1, and the state after the last token, from which generation goes on.
+
+    Raises:
+      UserError: another model, or counts that do not fit one another.
     """
+    if not isinstance(model, Megalodon):
+        raise UserError(f"norm_refresh is {refresh}; it goes with a Megalodon, not with a {type(model).__name__}")
+    check_refresh("norm_refresh", refresh)
     (B, L), chunk = tokens_BL.shape, model.config.chunk
     first, again, step = (count * chunk for count in refresh)
     tokens_BL, extra = jax.tree.map(jnp.asarray, (tokens_BL, extra))
@@ -58,8 +71,10 @@ def read_with_norm_refresh(
         return (state if first > L else jax.lax.cond(end >= first, refreshed, lambda state: state, state)), kept
 
     whole, chunks = L - L % step, L - L % chunk
-    state, kept = jax.lax.scan(lambda state, begin: call(state, begin, step), model.init_state(B), jnp.arange(0, whole, step))
-    parts = [jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, whole, *x.shape[3:]), kept)]
+    state, parts = model.init_state(B), []
+    if whole:
+        state, kept = jax.lax.scan(lambda state, begin: call(state, begin, step), state, jnp.arange(0, whole, step))
+        parts.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, whole, *x.shape[3:]), kept))
     if whole < chunks:
         state, kept = call(state, jnp.asarray(whole), chunks - whole)
         parts.append(kept)

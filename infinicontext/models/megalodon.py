@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import chex
 import jax
@@ -70,6 +70,9 @@ class MegalodonConfig:
             if not valid:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be {allowed}")
 
+        for name in ("init_mode", "attention_dropout_mode", "dtype"):
+            allowed = get_args(get_type_hints(MegalodonConfig)[name])
+            require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         for name in ("vocab_size", "layers", "heads", "cema_order", "chunk", "norm_groups"):
             require(name, getattr(self, name) >= 1, "1 or more")
         require("dim", self.dim >= 2, "2 or more")
@@ -81,6 +84,7 @@ class MegalodonConfig:
         require("norm_groups", self.dim % self.norm_groups == 0, f"a divisor of dim, {self.dim}")
         least = 2 if self.norm_groups == self.dim else 0
         require("prior_count", self.prior_count >= least, f"{least} or more with {self.norm_groups} groups of {self.dim} channels")
+        require("norm_epsilon", self.norm_epsilon > 0, "greater than 0")
         require("rope_base", self.rope_base > 1, "greater than 1")
         pairs = self.z_size // heads // 2
         require("rope_frequencies", self.rope_frequencies is None or len(self.rope_frequencies) == pairs, f"one number per pair, {pairs}")

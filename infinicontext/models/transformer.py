@@ -8,7 +8,7 @@ same weights into a model that reads without an end from a state of constant siz
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import chex
 import jax
@@ -54,6 +54,10 @@ class TransformerConfig:
     remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
 
     def __post_init__(self):
+        for name in ("attention", "dtype"):
+            allowed = get_args(get_type_hints(TransformerConfig)[name])
+            if getattr(self, name) not in allowed:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
         for name in ("vocab_size", "dim", "layers", "heads", "window", "block"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")

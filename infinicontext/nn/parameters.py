@@ -6,12 +6,13 @@ training/optimizer.py for learning rate and weight decay).
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from infinicontext.errors import UserError
 from infinicontext.sharding import RULES, constrain
 
 
@@ -38,6 +39,9 @@ def projection(mode: InitMode, key: jax.Array, shape: tuple[int, ...], axes: tup
 
     he: N(0, 1 / (3 fan-in)). bert: N(0, 0.02^2). xavier: uniform, variance 2 / (fan-in + fan-out). gaussian: N(0, 1) cut at three standard
     deviations. none: 0, for weights that will be loaded.
+
+    Raises:
+      UserError: another mode.
     """
     fan_in, fan_out = math.prod(shape[:inputs]), math.prod(shape[inputs:])
     match mode:
@@ -52,6 +56,8 @@ def projection(mode: InitMode, key: jax.Array, shape: tuple[int, ...], axes: tup
             return truncated_normal(key, shape, axes, 1)
         case "none":
             return constant(0, shape, axes)
+        case _:
+            raise UserError(f"init_mode is {mode}; it must be one of {', '.join(get_args(InitMode))}")
 
 
 def use(parameter: nnx.Param, dtype: jnp.dtype | str) -> jax.Array:

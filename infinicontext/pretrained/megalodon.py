@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -60,7 +61,9 @@ _DEFAULTS = {
     **dict.fromkeys(("swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"), False),
 }
 _OTHER_FIELDS = ("vocab_size", "output_size", "rope_base", "efficient_attn", "custom_bwd", "loss_parallel")
-_DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_DTYPES = {"bf16": ml_dtypes.bfloat16, "fp32": np.float32}
+Rope = Literal["checkpoint", "formula"]
 
 
 class Source(NamedTuple):
@@ -139,10 +142,10 @@ def _norms(config: MegalodonConfig) -> list[str]:
 # --- In ---
 
 
-def load(
-    path: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | None = None, *, rope: Literal["checkpoint", "formula"] = "checkpoint"
-) -> Megalodon:
+def load(path: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | None = None, *, rope: Rope = "checkpoint") -> Megalodon:
     """Reads a consolidated checkpoint. No code in it is run.
+
+    Each device's slice is read by itself, one after another, so that beside the arrays a host holds the slice being read.
 
     Args:
       path: the folder.
@@ -157,32 +160,41 @@ def load(
     path = pathlib.Path(path)
     shards = [open_tensors(file) for file in _files(path)]
     config = _config(path, shards[0], dtype or "float32")
-    _check(path, shards, _layout(config), config.tied_embeddings)
+    _check(path, shards, _layout(config), config)
     where = sources(config)
     config = dataclasses.replace(config, rope_frequencies=_frequencies(config, shards[0]["rope.freqs"], rope))
 
     def reader(name: str, shape: tuple[int, ...]) -> Read:
         source = where[name]
         stacked = "{}" in source.name
-        order = [axis for axes in source.axes for axis in axes]
+        sizes, order = shape[1:] if stacked else shape, [axis for axes in source.axes for axis in axes]
+        # The shards' cuts are cuts of one of our axes.
+        cut_axis = 0 if source.shard_axis is None else source.axes[source.shard_axis][0]
+        parts = shards[:1] if source.shard_axis is None else shards
+        part_sizes = [size // len(parts) if axis == cut_axis else size for axis, size in enumerate(sizes)]
 
-        def one(tensor: str, index: tuple[slice, ...]) -> np.ndarray:
-            sizes = shape[1:] if stacked else shape
-            ours = _whole(shards, tensor, source.shard_axis).reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
-            return np.asarray(ours[index], np.dtype(config.dtype))
+        def copy(out: np.ndarray, tensor: str, bounds: list[range]) -> None:
+            part_size, wanted = part_sizes[cut_axis], bounds[cut_axis]
+            for number, part in enumerate(parts):
+                held = range(max(wanted.start, number * part_size), min(wanted.stop, (number + 1) * part_size))
+                if held:
+                    into, of = [slice(None)] * len(bounds), [slice(bound.start, bound.stop) for bound in bounds]
+                    into[cut_axis] = slice(held.start - wanted.start, held.stop - wanted.start)
+                    of[cut_axis] = slice(held.start - number * part_size, held.stop - number * part_size)
+                    ours = part[tensor].reshape([part_sizes[axis] for axis in order]).transpose(np.argsort(order))
+                    out[tuple(into)] = ours[tuple(of)]
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
-                return one(source.name, index)
-            return np.stack([one(source.name.format(i), index[1:]) for i in range(shape[0])[index[0]]])
+            bounds = [range(*cut.indices(size)) for cut, size in zip(index, shape)]
+            layers, bounds = (bounds[0], bounds[1:]) if stacked else (range(1), bounds)
+            out = np.empty([len(layers), *map(len, bounds)], np.dtype(config.dtype))
+            for place, layer in enumerate(layers):
+                copy(out[place], source.name.format(layer), bounds)
+            return out if stacked else out[0]
 
         return read
 
     return fill(models.abstract(config), mesh, reader)
-
-
-def _whole(shards: list[dict[str, np.ndarray]], name: str, axis: int | None) -> np.ndarray:
-    return shards[0][name] if axis is None or len(shards) == 1 else np.concatenate([shard[name] for shard in shards], axis)
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -209,10 +221,17 @@ def _config(path: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> M
     official = _DEFAULTS | official
     problems = [f"{name} is missing" for name in _FIELDS if name not in official]
     problems += [f"{name} is unknown" for name in official if name not in _FIELDS and name not in _OTHER_FIELDS]
+    optional = {"rope_base": float, "efficient_attn": str}
+    kinds = {theirs: _kind(ours) for theirs, ours in _FIELDS.items()} | {"vocab_size": int, "output_size": int} | optional
+    problems += [
+        f"{name} is {json.dumps(official[name])}, not {_KINDS[kind]}"
+        for name, kind in kinds.items()
+        if name in official and not (_is(official[name], kind) or (name in optional and official[name] is None))
+    ]
     if problems:
         raise UserError(f"{path / 'config.json'}: in model, {'; '.join(problems)}")
     vocab_size = official.get("vocab_size", -1)
-    if vocab_size == -1 and "embed.weight" in tensors:
+    if vocab_size == -1 and "embed.weight" in tensors and tensors["embed.weight"].ndim:
         vocab_size = tensors["embed.weight"].shape[0]
     output_size = official.get("output_size", -1)
     if output_size not in (-1, vocab_size):
@@ -228,9 +247,20 @@ def _config(path: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> M
     )
 
 
-def _check(path: pathlib.Path, shards: list[dict[str, np.ndarray]], layout: dict[str, _Expected], tied: bool) -> None:
+def _kind(field: str) -> type:
+    """What a field of ours holds; those that may be None are integers."""
+    default = getattr(MegalodonConfig, field)
+    return int if default is None else type(default)
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a kind; a bool is no number, an integer is one."""
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _check(path: pathlib.Path, shards: list[dict[str, np.ndarray]], layout: dict[str, _Expected], config: MegalodonConfig) -> None:
     """Compares all tensors of all shards with those that the model is made of."""
-    problems = []
+    problems = [f"it has {len(shards)} shards, which do not divide {config.heads} heads"] if config.heads % len(shards) else []
     for number, shard in enumerate(shards):
         of = f" of shard {number}" if len(shards) > 1 else ""
         problems += [f"{name}{of} is missing" for name in layout if name not in shard]
@@ -249,7 +279,7 @@ def _check(path: pathlib.Path, shards: list[dict[str, np.ndarray]], layout: dict
         counts = {name: int(shards[0][name]) for name in layout if name.endswith("prior_count")}
         if len(set(counts.values())) > 1:
             problems.append(f"prior_count is not the same in all norms: {counts}")
-        if tied and not all(np.array_equal(shard["output.output.weight"], shard["embed.weight"]) for shard in shards):
+        if config.tied_embeddings and not all(np.array_equal(shard["output.output.weight"], shard["embed.weight"]) for shard in shards):
             problems.append("output.output.weight differs from embed.weight, although share_emb is true")
     if problems:
         raise UserError(f"{path} does not fit its config.json: {'; '.join(problems)}")
@@ -263,7 +293,7 @@ def _frequencies(config: MegalodonConfig, stored_R: np.ndarray, rope: str) -> tu
     apart = float(np.max(np.abs(stored_R - formula_R)) * (config.chunk - 1))
     warnings.warn(
         f"rope.freqs differs from base {config.rope_base:g} by up to {apart:.2g} radians at the end of a chunk; the checkpoint's values "
-        'are kept (rope="formula" takes the others)',
+        'are kept (rope="formula", on the command line --rope formula, takes the others)',
         stacklevel=3,
     )
     return tuple(stored_R.tolist())
@@ -279,8 +309,8 @@ def _formula(config: MegalodonConfig) -> np.ndarray:
 def save(model: Megalodon, path: str | pathlib.Path, shards: int = 1, *, suffix: Literal[".pth", ".safetensors"] = ".pth") -> None:
     """Writes a consolidated checkpoint, in bfloat16 if the model's parameters are, else in float32.
 
-    The folder appears when it is complete. One shard is held in memory at a time. Of the tokenizer, which the official code also needs,
-    config.json has only a name: tokenizer.model in the working directory.
+    The folder appears when it is complete. Beside the model one tensor is held in memory at a time; of .safetensors, one shard. Of the
+    tokenizer, which the official code also needs, config.json has only a name: tokenizer.model in the working directory.
 
     Args:
       model: a Megalodon.
@@ -297,7 +327,7 @@ def save(model: Megalodon, path: str | pathlib.Path, shards: int = 1, *, suffix:
     for name in ("heads", "norm_groups", "feed_forward_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise UserError(f"shards is {shards}; it must be 1 or more and divide model.{name}, {getattr(config, name)}")
-    parameters, layout = parameter_paths(model), _layout(config)
+    parameters = parameter_paths(model)
     label = "bf16" if parameters["embedding/table"].dtype == ml_dtypes.bfloat16 else "fp32"
 
     official = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
@@ -307,12 +337,9 @@ def save(model: Megalodon, path: str | pathlib.Path, shards: int = 1, *, suffix:
     record = {"model": official, "tokenizer": {"path": "tokenizer.model"}, "model_parallel_size": shards, "chunk_parallel_size": 1}
     with new_folder(path) as folder:
         for number in range(shards):
-            tensors = _tensors(config, parameters, np.dtype(_DTYPES[label]))
-            for name, tensor in tensors.items():
-                axis = layout[name].shard_axis
-                tensors[name] = np.asarray(tensor if axis is None else np.split(tensor, shards, axis)[number], order="C")
+            tensors = _tensors(config, parameters, np.dtype(_DTYPES[label]), number, shards)
             file = folder / f"consolidated{'' if shards == 1 else f'.{number:02}'}{suffix}"
-            save_pth(tensors, file) if suffix == ".pth" else save_file(tensors, file)
+            save_pth(tensors, file) if suffix == ".pth" else save_file(dict(tensors), file)
         _write_json(folder / "config.json", record)
         _write_json(folder / "consolidate_config.json", {"model_parallel_size": shards, "dtype": label})
 
@@ -321,22 +348,28 @@ def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
-def _tensors(config: MegalodonConfig, parameters: dict[str, Any], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, whole."""
-    tensors = {}
-    for path, source in sources(config).items():
-        value = parameters[path]
-        value = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True)).astype(dtype)
-        for i, ours in enumerate(value if "{}" in source.name else value[None]):
-            moved = ours.transpose([axis for axes in source.axes for axis in axes])
-            shape = [math.prod(ours.shape[axis] for axis in axes) for axes in source.axes]
-            tensors[source.name.format(i)] = moved.reshape(shape)
+def _tensors(
+    config: MegalodonConfig, parameters: dict[str, Any], dtype: np.dtype, shard: int = 0, shards: int = 1
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of one shard, one after another."""
+
+    def cut(tensor: np.ndarray, axis: int | None) -> np.ndarray:
+        return np.asarray(tensor if axis is None else np.split(tensor, shards, axis)[shard], dtype, order="C")
+
+    where = list(sources(config).items())
+    if config.tied_embeddings:
+        where.append(("embedding/table", sources(config)["embedding/table"]._replace(name="output.output.weight")))
+    for path, source in where:
+        for i in range(config.layers) if "{}" in source.name else (None,):
+            value = parameters[path] if i is None else parameters[path][i]
+            value = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
+            moved = value.transpose([axis for axes in source.axes for axis in axes])
+            shape = [math.prod(value.shape[axis] for axis in axes) for axes in source.axes]
+            yield source.name.format(i), cut(moved.reshape(shape), source.shard_axis)
     for norm in _norms(config):
-        tensors[f"{norm}.prior_count"] = np.array(config.prior_count, np.int64)
-        for part in ("prior_mean", "prior_logv"):
-            tensors.setdefault(f"{norm}.{part}", np.zeros(config.norm_groups, dtype))
-    tensors.setdefault("output.output.weight", tensors["embed.weight"])
+        yield f"{norm}.prior_count", np.array(config.prior_count, np.int64)
+        if not config.prior_count:
+            yield from ((f"{norm}.{part}", cut(np.zeros(config.norm_groups, dtype), 0)) for part in ("prior_mean", "prior_logv"))
     frequencies_R = _formula(config) if config.rope_frequencies is None else np.array(config.rope_frequencies)
     # Never in bfloat16, which would turn late positions by whole radians.
-    tensors["rope.freqs"] = frequencies_R.astype(np.float32)
-    return tensors
+    yield "rope.freqs", frequencies_R.astype(np.float32)

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -171,27 +172,30 @@ def _open_pth(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: array(tensor) for name, tensor in tensors.items()}
 
 
-def save_pth(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Writes a file that torch.load reads as a dict of tensors, also with weights_only=True."""
+def save_pth(tensors: Iterable[tuple[str, np.ndarray]], path: pathlib.Path) -> None:
+    """Writes a file that torch.load reads as a dict of tensors, also with weights_only=True. Each tensor is written as it comes."""
     names = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
     pieces = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK]
-    for number, (name, array) in enumerate(tensors.items()):
-        strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-        storage = [pickle.MARK, _pickled("storage"), _global("torch", names[array.dtype]), _pickled(str(number)), _pickled("cpu")]
-        storage += [_pickled(array.size), pickle.TUPLE, pickle.BINPERSID]
-        hooks = [_global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE]
-        arguments = [*storage, _pickled(0), _pickled(array.shape), _pickled(strides), pickle.NEWFALSE, *hooks]
-        pieces += [_pickled(name), _global("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, *arguments, pickle.TUPLE, pickle.REDUCE]
-    pieces += [pickle.SETITEMS, pickle.STOP]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        folder = path.stem
-        # A ZipInfo of its own has no time of day in it: the same model gives the same file.
-        put = lambda name, data: archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data)
-        put("data.pkl", b"".join(pieces))
-        put("byteorder", "little")
-        for number, array in enumerate(tensors.values()):
-            put(f"data/{number}", array.tobytes())
-        put("version", "3\n")
+
+        def put(name: str, data: bytes | np.ndarray) -> None:
+            # A ZipInfo of its own has no time of day in it: the same model gives the same file.
+            member = zipfile.ZipInfo(f"{path.stem}/{name}")
+            member.file_size = len(data)
+            with archive.open(member, "w") as file:
+                file.write(data)
+
+        for number, (name, array) in enumerate(tensors):
+            put(f"data/{number}", np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+            storage = [pickle.MARK, _pickled("storage"), _global("torch", names[array.dtype]), _pickled(str(number)), _pickled("cpu")]
+            storage += [_pickled(array.size), pickle.TUPLE, pickle.BINPERSID]
+            hooks = [_global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE]
+            arguments = [*storage, _pickled(0), _pickled(array.shape), _pickled(strides), pickle.NEWFALSE, *hooks]
+            pieces += [_pickled(name), _global("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, *arguments, pickle.TUPLE, pickle.REDUCE]
+        put("data.pkl", b"".join([*pieces, pickle.SETITEMS, pickle.STOP]))
+        put("byteorder", b"little")
+        put("version", b"3\n")
 
 
 def _pickled(value) -> bytes:

@@ -27,6 +27,7 @@ from infinicontext.models import ModelConfig
 from infinicontext.models.streaming import Model
 from infinicontext.nn.parameters import is_parameter
 from infinicontext.pretrained.huggingface import copy_side_files
+from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.run_folder import KEPT, load_config, write_config
 
@@ -45,7 +46,12 @@ def is_run(folder: pathlib.Path) -> bool:
     return "experiment" in _read_or_nothing(folder / "config.json")
 
 
-def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, step: int | None = None) -> Loaded:
+def is_official(folder: pathlib.Path) -> bool:
+    """Whether a folder is a checkpoint of the official MEGALODON code."""
+    return (folder / "consolidate_config.json").exists()
+
+
+def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, step: int | None = None, rope: Rope | None = None) -> Loaded:
     """A model for use, with its tokenizer.
 
     Args:
@@ -53,12 +59,15 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
       mesh: where the parameters go.
       dtype: of parameters and computation; None: as in training, or float32.
       step: of a run folder's checkpoint; None: the newest.
+      rope: which rotary frequencies an official MEGALODON gets (pretrained/megalodon.py: `load`); None: the checkpoint's.
 
     Raises:
       UserError: no model there, it cannot be read, or it is a classifier.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; a model is a run folder or a Hugging Face folder")
+    if rope is not None and not is_official(folder):
+        raise UserError(f"--rope is {rope}, but {folder} is no checkpoint of the official MEGALODON code")
     if is_run(folder):
         experiment = load_config(folder)
         if type(experiment.model) in models.CLASSIFIERS:
@@ -74,7 +83,7 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
     elif step is not None:
         raise UserError(f"--step is {step}, but {folder} is no run folder and has no checkpoints")
     else:
-        model = _load_pretrained(folder, mesh, dtype)
+        model = _load_pretrained(folder, mesh, dtype, rope)
         kept = folder if (folder / "tokenizer.json").exists() else None
         tokenizer = load_tokenizer(str(folder)) if kept else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
@@ -114,10 +123,11 @@ def _kept(run: pathlib.Path, experiment: Experiment) -> pathlib.Path | None:
     return run / KEPT if same else None
 
 
-def _load_pretrained(folder: pathlib.Path, mesh: Mesh, dtype: str | None = None) -> Model:
+def _load_pretrained(folder: pathlib.Path, mesh: Mesh, dtype: str | None = None, rope: Rope | None = None) -> Model:
     """What a folder that is no run holds."""
-    official = (folder / "consolidate_config.json").exists()
-    return pretrained.megalodon.load(folder, mesh, dtype) if official else pretrained.load(folder, mesh, dtype)
+    if is_official(folder):
+        return pretrained.megalodon.load(folder, mesh, dtype, rope=rope or "checkpoint")
+    return pretrained.load(folder, mesh, dtype)
 
 
 def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | None = None) -> tuple[int, Model]:
@@ -199,9 +209,16 @@ def _read_or_nothing(path: pathlib.Path) -> dict:
 
 
 def to_run(
-    source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None, segment: int | None = None, command: str = ""
+    source: pathlib.Path,
+    target: pathlib.Path,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    rope: Rope | None = None,
+    segment: int | None = None,
+    command: str = "",
 ) -> None:
-    """Makes a run folder with nothing but parameters: of a Hugging Face folder, at step 0, or of a run's checkpoint.
+    """Makes a run folder with nothing but parameters: of a pretrained folder, at step 0 (`rope` as in `load_model`), or of a run.
 
     With `segment` the model, which must be a Transformer, gets Infini-attention in segments of so many tokens. It reads as before within a
     segment; gates begin at -3.
@@ -214,7 +231,7 @@ def to_run(
             experiment = load_config(source, whole_paths=False)
             step, model = restore(source, experiment.model, mesh, step)
         else:
-            step, model = 0, _load_pretrained(source, mesh)
+            step, model = 0, _load_pretrained(source, mesh, rope=rope)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
         if segment is not None:
             model, step = _merged(model), 0
@@ -257,13 +274,13 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
             shutil.copy(named, folder / "tokenizer.json")
 
 
-def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None) -> None:
-    """Writes a run's MEGALODON as a checkpoint of the official code.
+def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step: int | None = None, shards: int = 1) -> None:
+    """Writes a run's MEGALODON as a checkpoint of the official code, cut for a model-parallel size of `shards`.
 
     Raises:
       UserError: the run has another architecture, cannot be read, or the target is not new.
     """
-    pretrained.megalodon.save(_merged(restore(source, load_config(source).model, mesh, step)[1]), target)
+    pretrained.megalodon.save(_merged(restore(source, load_config(source).model, mesh, step)[1]), target, shards)
 
 
 def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
