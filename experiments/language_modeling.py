@@ -7,7 +7,7 @@ Byte-level models of about 0.7 million parameters on the source code of the Pyth
     infinicontext compare runs/language_modeling/* --output report/
 
 Cost: the sweep without MEGALODON, six runs, took 11 minutes on 2 CPU cores (7,100 tokens/s in training with full attention, 10,400 with a
-window); MEGALODON's two runs took 5 to 8 minutes each beside other work (2,700 tokens/s).
+window, 6,400 with MEGALODON, whose two runs took 5 minutes each beside other work).
 
 Result, mean and standard deviation of two seeds on Python 3.11.7: validation loss in nats per byte (on the same bytes a unigram model has
 3.208 and a bigram model 2.630), and perplexity of the same 4 x 256 bytes after reading so many:
@@ -16,12 +16,12 @@ Result, mean and standard deviation of two seeds on Python 3.11.7: validation lo
     full           2.229 +- 0.004   7.28 +- 0.06   8.42 +- 0.13   10.45 +- 0.45   12.25 +- 0.12   not read (its cache was bounded at 4096)
     window         2.167 +- 0.014   6.67 +- 0.08   6.67 +- 0.08    6.67 +- 0.08    6.67 +- 0.08   6.67 +- 0.08   6.67 +- 0.08
     block_window   2.154 +- 0.020   6.71 +- 0.06   6.71 +- 0.06    6.71 +- 0.06    6.71 +- 0.06   6.71 +- 0.06   6.71 +- 0.06
-    megalodon      1.959 +- 0.004   5.82 +- 0.07   5.83 +- 0.07    5.81 +- 0.07    5.81 +- 0.07   5.81 +- 0.06   5.81 +- 0.06
+    megalodon      1.958 +- 0.004   5.82 +- 0.07   5.82 +- 0.07    5.81 +- 0.07    5.80 +- 0.07   5.81 +- 0.06   5.81 +- 0.06
 
 At this budget the windows learn faster than full attention, and they read on at the same quality where full attention meets positions it
 has never seen. They do not use what lies beyond their reach of 3 x 128 bytes: more context changes nothing. MEGALODON learns fastest by far
-with as many parameters, tokens and the same learning rate (none of them was tuned), at about half the speed; beyond a thousand bytes more
-context does not help it either: after 0.8 million bytes of training its averages and statistics carry nothing from far away.
+with as many parameters, tokens and the same learning rate (none of them was tuned), a little slower; beyond a thousand bytes more context
+does not help it either: after 0.8 million bytes of training its averages and statistics carry nothing from far away.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ Result, exact keys in % by tokens read (100 samples each; mean and standard devi
     full           77 +- 14     99.7 +- 0.6  24 +- 20     7 +- 8      7 +- 12     not read (its cache was bounded at 4096)
     window         95 +- 4      59.7 +- 0.6  40 +- 0      20 +- 0     20 +- 0     20 +- 0
     block_window   98 +- 2      59.7 +- 0.6  40 +- 0      20 +- 0     20 +- 0     20 +- 0
-    megalodon      60           20           21           20          19          17           (one seed)
+    megalodon      59.5 +- 0.7  20.5 +- 0.7  20 +- 0      20 +- 0     19.5 +- 0.7 18 +- 1.4    (two seeds)
 
 Full attention finds every key at the length it was trained on last and loses even nearby ones beyond, where positions are new to it. The
 windows find a key at any length, but only where their reach of two layers x 128 tokens covers it: of five depths three at 256 tokens, the
