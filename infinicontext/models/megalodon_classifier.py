@@ -146,7 +146,7 @@ class MegalodonClassifier(nnx.Module):
             halves_L = 0.5 ** jnp.arange(sequence.layers, dtype=jnp.float32)
             self.blocks.rescale = self.blocks.rescale.replace(self.blocks.rescale[...] * halves_L[:, None])
         self.final_norm = GroupNorm(D, sequence.norm_groups, sequence.norm_epsilon)
-        self.head = normal(rngs(), (D, config.classes), ("embed", None), D**-0.5)
+        self.head = normal(rngs(), (D, config.classes), ("embed", "vocab"), D**-0.5)
 
     def init_state(self, batch_size: int, capacity: int | None = None, planned: jax.Array | int | None = None) -> tuple[()]:
         """Nothing is remembered."""
