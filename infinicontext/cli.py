@@ -189,8 +189,11 @@ def run_eval(options: argparse.Namespace) -> None:
     trained = load_config(folder)
     options.overrides = tasks + lengths + options.overrides
     experiment = override(trained, options.overrides, options.parser)
-    if changed := [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]:
-        raise UserError(f"eval can change fields of evaluation and mesh only, not {changed[0]}")
+    changed = [line for line in differences(trained, experiment) if not line.startswith(("evaluation", "mesh"))]
+    if other := [line for line in changed if not line.startswith("model.")]:
+        raise UserError(f"eval can change fields of evaluation, mesh and model only, not {other[0]}")
+    if changed and options.output is None:
+        raise UserError(f"eval with another model ({changed[0]}) needs --output FILE, to keep it apart from the run's own results")
     longest, capacity = max(experiment.evaluation.lengths), experiment.evaluation.capacity
     if options.lengths and longest > capacity and state_grows(models.abstract(experiment.model)):
         raise UserError(

@@ -197,7 +197,9 @@ MISTAKES = {
     "eval runs/full --lengths -1": ["length -1", "64k"],
     "eval runs/full --lengths ''": ["length", "64k"],
     "eval runs/full --lengths 1.5k": ["length 1.5k", "64k"],
-    "eval runs/full --model.dim 32": ["evaluation", "model.dim: 16 -> 32"],
+    "eval runs/full --model.norm-epsilon 1": ["--output", "model.norm_epsilon"],
+    "eval runs/full --batch-size 24": ["evaluation", "batch_size:"],
+    "eval runs/full --model.dim 32 --output other.json": ["other parameters"],
     "eval runs/full --steps 4": ["evaluation", "steps: 3 -> 4"],
     "eval runs/full --evaluation.capacity 0": ["evaluation.capacity is 0", "1 or more"],
     "eval runs/full --evaluation.perplexity.scored 0": ["evaluation.perplexity.scored is 0", "1 or more"],
@@ -299,6 +301,18 @@ def test_a_finished_sweep_does_nothing_new(world):
     before = tree(world)
     main(["sweep", "experiments.py:everything", "--workdir", "runs"])
     assert tree(world) == before
+
+
+def test_eval_with_another_model(world, tmp_path):
+    """What changes no parameter may be changed, for results of their own."""
+    losses = []
+    for number, change in enumerate([[], ["--model.attention", "window", "--model.window", "2"]]):
+        output = tmp_path / f"{number}.json"
+        main(["eval", "runs/full", "--tasks", "perplexity", "--lengths", "32", *change, "--output", str(output)])
+        record = json.loads(output.read_text())
+        assert record["model"]["attention"] == ("window" if change else "full")
+        losses.append(record["tasks"]["perplexity"]["by_length"][0]["nll"])
+    assert losses[0] != losses[1]
 
 
 def test_eval_at_other_lengths(world, tmp_path):

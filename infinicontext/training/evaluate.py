@@ -14,14 +14,14 @@ from infinicontext.evaluation.suite import evaluate
 from infinicontext.experiment import Experiment, to_plain
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted
-from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.loop import check, enable_compilation_cache
 from infinicontext.training.run_folder import write_json
 from infinicontext.training.step import make_steps
+from infinicontext.training.weights import restore
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
-    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint."""
+    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint and model."""
     check(experiment)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -33,11 +33,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         steps = make_steps(experiment, mesh)
-        checkpoints = Checkpoints(folder)
-        try:
-            step, model = checkpoints.restore_model(steps.like.model, step)
-        finally:
-            checkpoints.close()
+        step, model = restore(folder, experiment.model, mesh, step)
         batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
         losses = [float(steps.validation_loss(model, batch)) for batch in batches]
         result = evaluate(
@@ -53,12 +49,13 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         "step": step,
         "parameters": parameter_count(model),
         "train_length": experiment.train_length,
+        "model": to_plain(experiment.model),
         "tokenizer_fingerprint": tokenizer.fingerprint() if (tokenizer := tokenizer_of(experiment.data)) else "",
     } | result
     for task in record["tasks"].values():
         task["evaluation"] = to_plain(experiment.evaluation)
     before = _read(output)
-    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "tokenizer_fingerprint")):
+    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "model", "tokenizer_fingerprint")):
         record["state_bytes"] = before["state_bytes"] | record["state_bytes"]
         record["tasks"] = before["tasks"] | record["tasks"]
     write_json(output, record)
