@@ -6,6 +6,19 @@ Handwritten digits of 8 x 8 pixels that come with scikit-learn, read as 64 gray 
     infinicontext sweep experiments/image_classification.py:all --workdir runs/images
     infinicontext eval runs/digits
 
+Cost: the sweep, ten runs, took 20 minutes on 2 CPU cores beside other work (7,000 to 10,000 pixels/s in training).
+
+Result, accuracy in % on the 334 held-out images (mean and standard deviation of two seeds):
+
+    digits              92.4 +- 0.2    both directions, attention over all 64 pixels
+    digits_chunk        90.4 +- 1.7    both directions, attention over 16
+    digits_forward      85.8 +- 1.1    one direction, attention over all
+    digits_transformer  85.5 +- 0.6    the causal Transformer
+    digits_causal       83.1 +- 1.9    the causal MEGALODON
+
+All have 0.18 to 0.20 million parameters and saw each image 7 times; none is at its end. The second direction of the average is worth most,
+as far as two seeds can tell; the paper's chunks cost little. The two causal models differ by less than their spread.
+
 Your own images, a folder with a sub-folder for each class: --data.source FOLDER --data.size 32 --data.levels 64, with --model.classes and
 --model.blocks.vocab-size (levels + classes) to fit.
 """
