@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infinicontext.errors import UserError
-from infinicontext.evaluation.plots import Plot, baselines, by_group, bytes_label, count_label, draw, length_label, perplexity, write_png
+from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
 from infinicontext.evaluation.runs import Run, read_runs
 
 

@@ -133,7 +133,8 @@ class Infini(nnx.Module):
 
     def gates(self) -> jax.Array:
         """The share of the memory in each head's output, [L, H]."""
-        return jax.nn.sigmoid(self.blocks.attention.gate[...])
+        gate_LH = self.blocks.attention.gate[...]
+        return jnp.zeros_like(gate_LH) if self.config.gate == "closed" else jax.nn.sigmoid(gate_LH)
 
     def hidden(self, tokens_BT: jax.Array, state: InfiniState, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, InfiniState]:
         """Reads T tokens from wherever the stream stands.
