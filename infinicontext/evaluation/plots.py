@@ -1,4 +1,4 @@
-"""The pictures of a comparison: loss, gates, perplexity, passkey, state size and speed of several runs side by side.
+"""The pictures of a comparison: loss, gates, perplexity, passkey, summaries, state size and speed of several runs side by side.
 
 `draw` makes every picture that there is data for. Losses and perplexities are drawn together only for runs that read the same
 data in the same tokens. A run has one colour and one marker in all pictures. Figures are six inches wide, so that their letters
@@ -83,8 +83,10 @@ def draw(runs: list[Run]) -> list[Plot]:
         found += [_perplexity_by_length(group, corpus) for corpus, group in corpora]
         found += [_perplexity_by_position(group, corpus) for corpus, group in corpora]
         mapped = [run for run in runs if run.task("passkey").get("cells")]
+        summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
-        found += [_passkey_by_length(runs), _state_bytes(runs), _train_speed(runs)]
+        found += [_passkey_by_length(runs), *(_summaries(group, source) for source, group in by_group(summarised, _books).items())]
+        found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
     plots: list[Plot] = []
     for plot in filter(None, found):
@@ -319,6 +321,22 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
     note = "Mean over all depths. Bars: 95% interval."
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
+
+
+def _books(run: Run) -> str:
+    return run.task("summarisation").get("source", "unnamed books")
+
+
+def _summaries(runs: list[Run], source: str) -> Plot | None:
+    entries = ((run, _finite(_with_interval(entry, "overall") for entry in run.task("summarisation")["by_length"])) for run in runs)
+    lines = _with_points((run, [(length, *(100 * score for score in scores)) for length, *scores in points]) for run, points in entries)
+    if not lines:
+        return None
+    title = f"Summaries by input length: {source}"
+    figure, axes = _by_length(lines, title, "input length (tokens)", "overall ROUGE")
+    axes.set_ylim(bottom=0)
+    note = "Higher is better: more of the book was read. Overall: the cube root of ROUGE-1 x ROUGE-2 x ROUGE-L, in %. Bars: 95% interval."
+    return Plot("summaries-by-length", title, note, "summarisation", [run for run, _ in lines], figure)
 
 
 def _state_bytes(runs: list[Run]) -> Plot | None:
