@@ -64,8 +64,8 @@ def evaluate(
     Args:
       model: a trained model.
       evaluation: tasks and lengths.
-      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task (of conversations and
-        books, the answers in `validation`, whatever the lengths).
+      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task (of conversations and books, the answers
+        in `validation`, whatever the lengths).
       validation: the validation batches of training, which the n-gram baselines are scored on too.
       validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.

@@ -83,8 +83,8 @@ def evaluate_summaries(
     decode = "greedily" if config.temperature == 0 else f"at temperature {config.temperature:g} with top_p {config.top_p:g}"
     protocol = (
         f"{len(chosen)} validation book(s); L tokens, the {data.part} of a book and the question, are read in one stream from an empty "
-        f"state and up to {config.max_new_tokens} new tokens decoded {decode}. F1 by rouge-score {version('rouge-score')} without stemming; "
-        "overall = cube root of ROUGE-1 x ROUGE-2 x ROUGE-L; 95% bootstrap intervals over books."
+        f"state and up to {config.max_new_tokens} new tokens decoded {decode}. F1 by rouge-score {version('rouge-score')} without "
+        "stemming; overall = cube root of ROUGE-1 x ROUGE-2 x ROUGE-L; 95% bootstrap intervals over books."
     )
     names = {"protocol": protocol, "source": data.source, "tokenizer": data.tokenizer}
     scorer = RougeScorer(SCORES, use_stemmer=False)
