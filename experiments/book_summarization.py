@@ -1,15 +1,17 @@
 """Summaries of books: a model reads a book in one stream and learns, with a loss on the summary alone, to say what happens in it.
 
 The ten very short books that come with the library show that all of it runs, offline: a byte-level model with Infini-attention, 0.2 million
-parameters, reads up to 1,024 bytes of a book. Eight are learnt by heart and two are held out, so the scores say nothing about summarising.
+parameters, reads up to 1,024 bytes of a book. Eight are trained on and two held out, so the scores say nothing about summarising.
 
     infinicontext train experiments/book_summarization.py:tiny --workdir runs/books
     infinicontext eval runs/books --tasks summarisation --lengths 256 512 1k --evaluation.summarisation.predictions True
     infinicontext compare runs/books --output report/
 
-Cost: @@COST@@
+Cost: training took 4 minutes on 2 busy CPU cores (4,300 tokens/s), the evaluation 13 seconds.
 
-Result: @@RESULT@@
+Result: one seed: the loss on summaries of the held-out books is 3.4 nats per byte. Their ROUGE-1 and ROUGE-L are 0.12 and 0.09 after 256
+bytes (28% of a book is read), 0.12 and 0.07 after 512 (63%), 0.17 and 0.13 after 1,024 (all of it); no pair of words is right, so ROUGE-2
+and with it the overall score are 0.
 
 Your own books (data/books.py says what a line holds): --data.source mine.jsonl. As in the paper's section 4.3, a pretrained Transformer is
 given a memory, tuned on long inputs and asked at longer ones. An experiment of your own:
@@ -45,7 +47,7 @@ PAPER = SummarisationEvaluation(books=100, max_new_tokens=1024, temperature=0.5,
 
 
 def tiny() -> Experiment:
-    """Learns eight very short books by heart."""
+    """Trains on eight very short books."""
     return Experiment(
         name="books",
         model=InfiniConfig(vocab_size=257, dim=64, layers=3, heads=4, segment=128, remat=False),

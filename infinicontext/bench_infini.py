@@ -102,7 +102,7 @@ def peers(size: Size, segment: int) -> dict[str, Callable]:
         return {}
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     layers: dict[str, tuple] = {}
     for rule in ("linear", "delta"):
         if names[0] in found:
