@@ -100,7 +100,7 @@ def make_parser() -> Parser:
 
     command = add("eval", run_eval, f"Evaluate a run's newest checkpoint. {fields}", takes_overrides=True)
     command.add_argument("folder", nargs="?", help="a run folder")
-    command.add_argument("--tasks", nargs="+", help="perplexity, passkey, accuracy; default: the experiment's")
+    command.add_argument("--tasks", nargs="+", help="perplexity, passkey, accuracy, summarisation; default: the experiment's")
     command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
     command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
     command.add_argument("--step", type=int, help="the checkpoint; default: the newest")
@@ -158,7 +158,7 @@ def make_parser() -> Parser:
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)
@@ -334,11 +334,12 @@ def all_on_tensor() -> jax.sharding.Mesh:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """infinicontext bench cema|timestep_norm|megalodon [--batch B] [--length T] [--dim D] [--rounds N]"""
+    """infinicontext bench cema|timestep_norm|megalodon|infini [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
+    from infinicontext.bench_infini import bench_infini
 
-    BENCHMARKS[options.what](Size(options.batch, options.length, options.dim, options.rounds))
+    (BENCHMARKS | {"infini": bench_infini})[options.what](Size(options.batch, options.length, options.dim, options.rounds))
 
 
 def run_info(options: argparse.Namespace) -> None:

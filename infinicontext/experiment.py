@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 
+from infinicontext.data.books import BookData
 from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
@@ -21,7 +22,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    data: CorpusData | PasskeyData | InstructionData | ImageData
+    data: CorpusData | PasskeyData | InstructionData | BookData | ImageData
     objective: NextToken = NextToken()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

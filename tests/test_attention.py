@@ -183,6 +183,12 @@ def test_forms_of_attention_agree():
     chunks = functools.partial(attention.chunk_attention, q, k, v, cache, held_B, scale=0.7)
     for form in (functools.partial(window, fold=False), functools.partial(window, fold=True), functools.partial(chunks, fold=False)):
         chex.assert_trees_all_close(form(), chunks(fold=True), atol=1e-5)
+    # In blocks of queries, the last one shorter, with a chunk of keys before the queries' own and three documents.
+    laid, document_NBC = [attention.lay(x, None, 7) for x in (q, k, v)], attention.lay(position_BT // 9, None, 7)
+    both = lambda x_NBC: jnp.concatenate([x_NBC[::-1], x_NBC], axis=2)
+    blocks = functools.partial(attention.attend_chunks, laid[0], *map(both, laid[1:]), (document_NBC, both(document_NBC)))
+    for fold in (False, True):
+        chex.assert_trees_all_close(blocks(block=3, fold=fold), blocks(block=7, fold=True), atol=1e-5)
     # Rows that are known to begin a chunk need no laying out.
     begin = functools.partial(attention.chunk_attention, q, k, v, cache)
     for fold in (False, True):

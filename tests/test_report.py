@@ -13,7 +13,8 @@ from matplotlib.colors import to_hex
 
 from infinicontext.errors import UserError
 from infinicontext.evaluation import report
-from infinicontext.evaluation.plots import COLORS, bytes_label, count_label, draw, length_label, perplexity
+from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.plots import COLORS, draw
 from infinicontext.evaluation.report import compare
 from infinicontext.evaluation.runs import read_runs
 
@@ -101,10 +102,10 @@ def test_printed_table(compared, tmp_path, capsys):
     compare([folders[0], *folders[2:]], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     cells = {re.split("  +", line)[0]: re.split("  +", line)[1:] for line in lines}
-    assert cells["<b>full & $x$"] == ["1.23M", "50", "3.2k", "103", "1.250", "4.482 @256", "3.320 @1k", "-", "-", "-", "4 KiB @1k"]
-    assert cells["fam-seed1"][-4:] == ["100% @256", "75% @1k", "-", "4 KiB @1k"]
+    assert cells["<b>full & $x$"] == ["1.23M", "50", "3.2k", "103", "1.250", "4.482 @256", "3.320 @1k", "-", "-", "-", "-", "4 KiB @1k"]
+    assert cells["fam-seed1"][-5:] == ["100% @256", "75% @1k", "-", "-", "4 KiB @1k"]
     assert [*cells].index("_new") < [*cells].index("unigram baseline") < [*cells].index("fam-seed1"), "baselines stand under their corpus"
-    assert cells["bigram baseline"] == ["-", "-", "-", "-", "2.500", "-", "-", "-", "-", "-", "-"]
+    assert cells["bigram baseline"] == ["-", "-", "-", "-", "2.500", "-", "-", "-", "-", "-", "-", "-"]
     assert len({len(line) for line in lines[:8]}) == 1, "columns are aligned"
     assert lines[-1] == f"The report is in {tmp_path / 'report.html'}"
 
@@ -175,6 +176,20 @@ def test_runs_on_other_data_get_another_loss_plot_but_keep_their_colour(compared
     }
     assert all(len(looks) == 1 for name, looks in shown.items() if "-seed" in name)
     assert {"unigram baseline", "bigram baseline", "trained on 256 tokens"} <= set(shown)
+
+
+def test_gates_are_a_map_of_the_last_ones(tmp_path):
+    """Of each run with a memory; models of many heads have no numbers written into their small cells."""
+    lines = [{"step": step, "validation_loss": 1.0, "gates": [[0.5, 0.5, 0.5], [step / 10, 0.25, 1.0]]} for step in (4, 9)]
+    large = [{"step": 1, "validation_loss": 1.0, "gates": [[0.5] * 32] * 24}]
+    folders = [write_run(tmp_path / name, name, PASSKEY, metrics=each) for name, each in (("a", lines), ("b", []), ("c", large))]
+    (plot,) = (plot for plot in draw(read_runs(folders)) if plot.file == "gates")
+    assert [run.name for run in plot.runs] == ["a", "c"]
+    small, wide, _ = plot.figure.axes
+    assert small.get_title(loc="left") == "a, step 9"
+    assert small.images[0].get_array().tolist() == lines[-1]["gates"]
+    assert [text.get_text() for text in small.texts] == ["50", "50", "50", "90", "25", "100"]
+    assert (wide.images[0].get_array().shape, len(wide.texts)) == ((24, 32), 0)
 
 
 def test_a_last_range_of_few_positions_is_not_drawn(tmp_path):

@@ -20,13 +20,16 @@ from infinicontext import cli, models
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment, to_plain
+from infinicontext.models.adapted import AdaptedConfig
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.transformer import TransformerConfig
+from infinicontext.nn.lora import Lora
 from infinicontext.objectives.next_token import NextToken
 from infinicontext.sharding import MeshConfig, make_mesh
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.loop import train
 from infinicontext.training.metrics import MetricsWriter, read_metrics
-from infinicontext.training.optimizer import OptimizerConfig
+from infinicontext.training.optimizer import OptimizerConfig, ParameterGroup
 from infinicontext.training.run_folder import load_config
 
 # What the storage leaves behind when it fails to read a damaged checkpoint.
@@ -165,7 +168,7 @@ def test_records_of_a_run(corpus, passkey, unbroken):
     assert records[0]["tokens"] == 8 * 32
     assert records[-2]["tokens"] == 10 * 8 * 32
     np.testing.assert_allclose([record["learning_rate"] for record in records[:3]], [1.5e-2, 3e-2, 3e-2])
-    assert not any("skipped_updates" in record for record in records)
+    assert not any("skipped_updates" in record or "gates" in record for record in records)
 
     records = metrics(unbroken["passkey"])
     assert [(record["step"], "validation_loss" in record) for record in records] == [
@@ -176,6 +179,33 @@ def test_records_of_a_run(corpus, passkey, unbroken):
     assert checkpoint_steps(unbroken["passkey"]) == [8, 9]
     assert checkpoint_steps(unbroken["corpus"]) == [6, 8, 10]
     assert load_config(unbroken["passkey"]) == passkey
+
+
+def test_gates_of_a_memory_are_recorded(passkey, tmp_path, capsys):
+    """By layer and head, wherever they lie, also inside an adapted model; on the terminal they would drown the rest."""
+    memory = InfiniConfig(vocab_size=64, dim=16, layers=2, heads=4, feed_forward=24, segment=64)
+    experiment = dataclasses.replace(
+        passkey,
+        model=AdaptedConfig(memory, Lora(rank=1)),
+        data=PasskeyData(lengths=(128,)),
+        optimizer=OptimizerConfig(warmup_steps=0, train=("lora", "gate"), groups=(ParameterGroup("gate", 0.1),)),
+        mesh=MeshConfig(data=2, tensor=4),
+        steps=2,
+        batch_size=2,
+        validation_every=1,
+    )
+    assert train(experiment, tmp_path / "run")
+    records = [record for record in metrics(tmp_path / "run") if "validation_loss" in record]
+    gates = np.array([record["gates"] for record in records])
+    assert gates.shape == (2, 2, 4)
+    assert np.all(np.abs(gates[0] - 0.5) > 0.01), "a step of about 0.1 from a logit of 0"
+    parameters = dict(jax.tree_util.tree_leaves_with_path(models.abstract(experiment.model)))
+    (place,) = (i for i, path in enumerate(parameters) if "gate" in jax.tree_util.keystr(path) and "feed" not in jax.tree_util.keystr(path))
+    logits_LH = final_parameters(experiment, tmp_path / "run")[place]
+    np.testing.assert_allclose(gates[1], 1 / (1 + np.exp(-logits_LH)), atol=2e-6)
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert all(f"gate/{layer}/{head}".encode() in events.read_bytes() for layer in range(2) for head in range(4))
+    assert "gate" not in capsys.readouterr().err
 
 
 def test_loss_decreases(unbroken):

@@ -169,8 +169,8 @@ def pieces(messages: Messages, template: Template) -> list[str]:
     return found
 
 
-def start_and_end(data: InstructionData, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int]:
-    """The ids before a conversation, and the id that ends an answer.
+def start_and_end(data, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int]:
+    """The ids before a conversation, and the id that ends an answer, by the template and the tokenizer that `data` names.
 
     Raises:
       UserError: the tokenizer has no such end.
@@ -215,7 +215,7 @@ def _messages(record: object, where: str) -> Messages:
     if "messages" not in record:
         if missing := [name for name in ("prompt", "response") if name not in record]:
             raise UserError(f'{where} has no field {missing[0]}; it must have "prompt" and "response", or "messages"')
-        return ("user", _content(record, "prompt", where)), ("assistant", _content(record, "response", where))
+        return ("user", text_field(record, "prompt", where)), ("assistant", text_field(record, "response", where))
     messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: messages is not a list of objects")
@@ -228,13 +228,13 @@ def _messages(record: object, where: str) -> Messages:
             raise UserError(f"{where}: {field}role is system; only the first message can be")
         if found and role == found[-1][0]:
             raise UserError(f"{where}: {field}role is {role} as in the message before; user and assistant must take turns")
-        found.append((role, _content(message, "content", where, field)))
+        found.append((role, text_field(message, "content", where, field)))
     if all(role != "assistant" for role, _ in found):
         raise UserError(f"{where}: messages has no message with the role assistant, so there is nothing to learn")
     return tuple(found)
 
 
-def _content(record: dict, name: str, where: str, prefix: str = "") -> str:
+def text_field(record: dict, name: str, where: str, prefix: str = "") -> str:
     """A field that must be a text of at least one character that is not white space."""
     text = record.get(name)
     if not isinstance(text, str) or not text.strip():

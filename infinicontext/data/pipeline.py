@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import grain
 import numpy as np
 
+from infinicontext.data.books import BookData, books, load_books
 from infinicontext.data.corpora import Split, documents, load_corpus
 from infinicontext.data.images import ImageData, Images, class_names, load_images, stored_images
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
@@ -97,7 +98,7 @@ class PasskeyData:
         return max(multiple, rows // multiple * multiple)
 
 
-Data = CorpusData | PasskeyData | InstructionData | ImageData
+Data = CorpusData | PasskeyData | InstructionData | BookData | ImageData
 
 
 def tokenizer_of(data: Data) -> Tokenizer | None:
@@ -123,6 +124,8 @@ def fingerprint(data: Data) -> str:
         contents = ((name, text.encode(errors="replace")) for name, text in documents(data.source))
     elif isinstance(data, InstructionData):
         contents = ((name, as_text(messages).encode(errors="replace")) for name, messages in conversations(data.source))
+    elif isinstance(data, BookData):
+        contents = ((book.name, as_text((("book", book.text), ("summary", book.summary))).encode()) for book in books(data.source))
     elif isinstance(data, ImageData):
         contents = stored_images(data)
     for name, content in contents:
@@ -202,9 +205,9 @@ def train_batches(
 def validation_batches(data: Data, batch_size: int, count: int, seed: int, divisor: int = 1) -> list[Batch]:
     """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
 
-    A corpus, conversations and images give rows of their validation split, with its documents or images shuffled by `seed`; if there are
-    too few, fewer batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows
-    as training has there.
+    A corpus, conversations, books and images give rows of their validation split, in an order drawn by `seed`; if there are too few, fewer
+    batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training has
+    there.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -223,15 +226,16 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
 
 
 def _packed(
-    data: CorpusData | InstructionData | ImageData, tokenizer: Tokenizer | None, split: Split, seed: int | None
+    data: CorpusData | InstructionData | BookData | ImageData, tokenizer: Tokenizer | None, split: Split, seed: int | None
 ) -> PackedRows | WholeRows | Images:
     """The rows of one split, with its documents or images in the order of `seed`."""
     if isinstance(data, ImageData):
         images = load_images(data, split)
         order = np.random.default_rng(seed).permutation(len(images))
         return dataclasses.replace(images, pixels=images.pixels[order], labels=images.labels[order])
-    if isinstance(data, InstructionData):
-        return WholeRows(load_conversations(data, tokenizer, split), data.length, seed)
+    if isinstance(data, InstructionData | BookData):
+        load = load_books if isinstance(data, BookData) else load_conversations
+        return WholeRows(load(data, tokenizer, split), data.length, seed)
     return PackedRows(load_corpus(data.source, tokenizer, split, data.validation_fraction), data.length, seed)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: loss, perplexity, passkey, state size and speed of several runs side by side.
+"""The pictures of a comparison: loss, gates, perplexity, passkey, summaries, state size and speed of several runs side by side.
 
 `draw` makes every picture that there is data for. Losses and perplexities are drawn together only for runs that read the same
 data in the same tokens. A run has one colour and one marker in all pictures. Figures are six inches wide, so that their letters
@@ -14,11 +14,12 @@ from typing import BinaryIO, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
 from infinicontext.evaluation.runs import Run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C3E")  # Okabe and Ito's, and a brown
@@ -26,6 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # nine beside eight col
 LINES = ("-", "--", "-.")
 GRAY = "#6b7280"
 ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#F0496E", "#EBB839", "#0CD79F"]).with_extremes(bad="#d1d5db")
+GATES = LinearSegmentedColormap.from_list("gates", ["#56B4E9", "#f3f4f6", "#E69F00"])
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -58,36 +60,6 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-def length_label(tokens: int) -> str:
-    """65536 -> "64k", 1048576 -> "1M" (powers of 1024); a length that is no whole multiple is written out."""
-    for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
-        if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{letter}"
-    return f"{tokens:,}"
-
-
-def count_label(count: float) -> str:
-    """1234567 -> "1.23M" (powers of 1000)."""
-    return _scaled(count, 1000, ("", "k", "M", "G", "T"))
-
-
-def bytes_label(size: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while number >= base - 0.5 and power < len(units) - 1:
-        number, power = number / base, power + 1
-    return (f"{number:.3g}" if number < 999.5 else f"{number:.0f}") + units[power]
-
-
-def perplexity(nll: float) -> float:
-    """exp(nats per token), inf where that overflows: the nll of a run that diverged can be large."""
-    return math.inf if nll > 700 else math.exp(nll)
-
-
 def by_group(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
     """Runs with equal keys together, in the order of first appearance."""
     groups: dict[str, list[Run]] = {}
@@ -105,12 +77,16 @@ def draw(runs: list[Run]) -> list[Plot]:
     """Every picture for which at least one run has data, in the order of the report."""
     with matplotlib.rc_context(STYLE):
         found = [_loss(group, data) for data, group in by_group(runs, lambda run: run.data).items()]
+        gated = [run for run in runs if run.gates]
+        found += [_gates(gated[start : start + 6]) for start in range(0, len(gated), 6)]
         corpora = by_group([run for run in runs if run.task("perplexity")], _corpus).items()
         found += [_perplexity_by_length(group, corpus) for corpus, group in corpora]
         found += [_perplexity_by_position(group, corpus) for corpus, group in corpora]
         mapped = [run for run in runs if run.task("passkey").get("cells")]
+        summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
-        found += [_passkey_by_length(runs), _state_bytes(runs), _train_speed(runs)]
+        found += [_passkey_by_length(runs), *(_summaries(group, source) for source, group in by_group(summarised, _books).items())]
+        found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
     plots: list[Plot] = []
     for plot in filter(None, found):
@@ -277,24 +253,51 @@ def _perplexity_by_position(runs: list[Run], corpus: str) -> Plot | None:
     return Plot("perplexity-by-position", title, note, "perplexity", runs, figure)
 
 
+def _heat_maps(runs: list[Run], grids: list[np.ndarray], colors: Colormap, meaning: str, title: str) -> tuple[Figure, list[Axes]]:
+    """A map of shares for each run, one above the other, with numbers in % where there is room, and a bar that explains the colors."""
+    names = [textwrap.fill(run.name, 60) for run in runs]
+    heights = [0.6 + 0.2 * name.count("\n") + min(0.27 * max(len(grid), 2), 6) for name, grid in zip(names, grids)]
+    figure, (*panels, below) = _panels([*heights, 0.2])
+    figure.set_size_inches(6, sum(heights) + 1.6)
+    for name, grid, axes in zip(names, grids, panels):
+        picture = axes.imshow(grid, cmap=colors, vmin=0, vmax=1, aspect="auto")
+        for (row, column), share in np.ndenumerate(grid):
+            if np.isfinite(share) and max(grid.shape) <= 16:
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=10)
+        axes.grid(False)
+        axes.set_title(name, fontsize=11)
+    bar = figure.colorbar(picture, cax=below, orientation="horizontal", label=meaning)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    return figure, panels
+
+
+def _gates(runs: list[Run]) -> Plot:
+    title = "Share of the memory in each head"
+    grids = [np.array(run.gates[-1]["gates"]) for run in runs]
+    figure, panels = _heat_maps(runs, grids, GATES, "share of the memory, the rest is local attention (%)", title)
+    for run, axes in zip(runs, panels):
+        axes.set_title(axes.get_title(loc="left") + f", step {run.gates[-1]['step']:,}", fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(16, integer=True))
+    panels[-1].set_xlabel("head")
+    figure.supylabel("layer", fontsize=11)
+    note = "The gates at the last validation. Orange heads read the memory, blue ones their own segment."
+    return Plot("gates", title, note, None, runs, figure)
+
+
 def _passkey_map(runs: list[Run]) -> Plot:
     cells = [cell for run in runs for cell in run.task("passkey")["cells"]]
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
-    names = [textwrap.fill(run.name, 60) for run in runs]
-    heights = [0.6 + 0.2 * name.count("\n") + 0.27 * max(len(depths), 2) for name in names]
-    figure, (*panels, below) = _panels([*heights, 0.2])
-    figure.set_size_inches(6, sum(heights) + 1.6)
-    for run, name, axes in zip(runs, names, panels):
-        grid = np.full((len(depths), len(lengths)), np.nan)
+    grids = []
+    for run in runs:
+        grids.append(np.full((len(depths), len(lengths)), np.nan))
         for cell in run.task("passkey")["cells"]:
-            grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]  # None becomes nan
-        picture = axes.imshow(grid, cmap=ACCURACY, vmin=0, vmax=1, aspect="auto")
-        for (row, column), exact in np.ndenumerate(grid):
-            if np.isfinite(exact):
-                axes.text(column, row, f"{100 * exact:.0f}", ha="center", va="center", fontsize=10)
-        axes.grid(False)
-        axes.set_title(name, fontsize=11)
+            grids[-1][depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]  # None becomes nan
+    title = "Passkey retrieval by length and depth"
+    figure, panels = _heat_maps(runs, grids, ACCURACY, "exact answers (%)", title)
+    for run, axes in zip(runs, panels):
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
         axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
         inside = sum(length <= (run.train_length or 0) for length in lengths)
@@ -302,10 +305,6 @@ def _passkey_map(runs: list[Run]) -> Plot:
             axes.axvline(inside - 0.5, color="black", linestyle=":", linewidth=1.8)
     panels[-1].set_xlabel("context length (tokens)")
     figure.supylabel("depth of the passkey (%)", fontsize=11)
-    bar = figure.colorbar(picture, cax=below, orientation="horizontal", label="exact answers (%)")
-    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
-    title = "Passkey retrieval by length and depth"
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
     note = (
         "Documents whose passkey is given back in full. To the right of a dotted line they are longer than in training. Gray: not measured."
     )
@@ -322,6 +321,22 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
     note = "Mean over all depths. Bars: 95% interval."
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
+
+
+def _books(run: Run) -> str:
+    return run.task("summarisation").get("source", "unnamed books")
+
+
+def _summaries(runs: list[Run], source: str) -> Plot | None:
+    entries = ((run, _finite(_with_interval(entry, "overall") for entry in run.task("summarisation")["by_length"])) for run in runs)
+    lines = _with_points((run, [(length, *(100 * score for score in scores)) for length, *scores in points]) for run, points in entries)
+    if not lines:
+        return None
+    title = f"Summaries by input length: {source}"
+    figure, axes = _by_length(lines, title, "input length (tokens)", "overall ROUGE")
+    axes.set_ylim(bottom=0)
+    note = "Higher is better: more of the book was read. Overall: the cube root of ROUGE-1 x ROUGE-2 x ROUGE-L, in %. Bars: 95% interval."
+    return Plot("summaries-by-length", title, note, "summarisation", [run for run, _ in lines], figure)
 
 
 def _state_bytes(runs: list[Run]) -> Plot | None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infinicontext.errors import UserError
-from infinicontext.evaluation.plots import Plot, baselines, by_group, bytes_label, count_label, draw, length_label, perplexity, write_png
+from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
 from infinicontext.evaluation.runs import Run, read_runs
 
 
@@ -54,6 +55,7 @@ COLUMNS = {
     "perplexity_longest": Column(("ppl, longest", "context"), _four_digits),
     "passkey_train_length": Column(("passkey exact,", "train length"), _percent),
     "passkey_longest": Column(("passkey exact,", "longest"), _percent),
+    "rouge_longest": Column(("ROUGE overall,", "longest"), _percent),
     "accuracy": Column(("", "accuracy"), _percent),
     "state_bytes": Column(("state,", "longest"), bytes_label),
 }
@@ -132,6 +134,8 @@ def numbers(run: Run) -> dict[str, Number]:
         found["passkey_longest"] = Number(answered[-1][1], answered[-1][0])
         if trained := [pair for pair in answered if pair[0] <= (run.train_length or 0)]:
             found["passkey_train_length"] = Number(trained[-1][1], trained[-1][0])
+    if summarised := sorted((entry["length"], entry["overall"]) for entry in _measured(run, "summarisation", "overall")):
+        found["rouge_longest"] = Number(summarised[-1][1], summarised[-1][0])
     found["accuracy"] = Number(run.task("accuracy").get("accuracy"))
     if sizes := sorted((int(length), size) for length, size in run.eval.get("state_bytes", {}).items()):
         found["state_bytes"] = Number(sizes[-1][1], sizes[-1][0])
@@ -302,7 +306,7 @@ def _skipped(runs: list[Run]) -> list[str]:
     """One line for each run, task and reason, with the lengths to which it applies."""
     lengths: dict[tuple[str, str, str], dict[str, None]] = {}
     for run in runs:
-        for task in ("perplexity", "passkey"):
+        for task in ("perplexity", "passkey", "summarisation"):
             for entry in run.task(task).get("skipped", []):
                 key = run.name, task, entry.get("reason", "no reason given")
                 lengths.setdefault(key, {})[length_label(entry["length"])] = None

@@ -28,6 +28,7 @@ class Run:
     config: dict
     training: list[dict]  # lines of metrics.jsonl with a loss, by step
     validation: list[dict]  # lines with a validation_loss, by step
+    gates: list[dict]  # lines with the gates of a memory, a list of heads for each layer, by step
     eval: dict  # {} before an evaluation
 
     @property
@@ -82,7 +83,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
     for number, (name, folder, config) in enumerate(zip(_unique_names(found, configs), found, configs)):
         lines = _read_lines(folder / "metrics.jsonl")
         results = _read_object(folder / "eval.json") if (folder / "eval.json").is_file() else {}
-        runs.append(Run(name, number, folder, config, _with(lines, "loss"), _with(lines, "validation_loss"), results))
+        by_key = (_with(lines, key) for key in ("loss", "validation_loss", "gates"))
+        runs.append(Run(name, number, folder, config, *by_key, results))
     return runs
 
 

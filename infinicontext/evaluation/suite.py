@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from infinicontext.data.books import BookData
 from infinicontext.data.corpora import load_corpus
 from infinicontext.data.images import ImageData, load_images
 from infinicontext.data.instructions import InstructionData
@@ -16,9 +17,10 @@ from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
 from infinicontext.inference.norm_refresh import check_refresh
+from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
-Task = Literal["perplexity", "passkey", "accuracy"]
+Task = Literal["perplexity", "passkey", "accuracy", "summarisation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Evaluation:
     seed: int = 0
     perplexity: PerplexityEvaluation = PerplexityEvaluation()
     passkey: PasskeyEvaluation = PasskeyEvaluation()
+    summarisation: SummarisationEvaluation = SummarisationEvaluation()
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
@@ -65,8 +68,8 @@ def evaluate(
     Args:
       model: a trained model.
       evaluation: tasks and lengths.
-      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task (of conversations, the answers in
-        `validation`, whatever the lengths).
+      data: what it was trained on: decides the tokenizer, and the documents of the perplexity task (of conversations and books, the answers
+        in `validation`, whatever the lengths).
       validation: the validation batches of training, which the n-gram baselines are scored on too.
       validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.
@@ -82,11 +85,13 @@ def evaluate(
         raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
     if isinstance(data, ImageData) != (evaluation.tasks == ("accuracy",)):
         raise UserError(f"evaluation.tasks is {evaluation.tasks}; images are evaluated by accuracy, and nothing else is")
+    if "summarisation" in evaluation.tasks and not isinstance(data, BookData):
+        raise UserError(f"evaluation.tasks has summarisation, which needs BookData, but data is {type(data).__name__}")
     tokenizer = tokenizer_of(data)
     lengths = sorted(set(evaluation.lengths))
     limit = evaluation.capacity if state_grows(model) else max(lengths)
     tasks = {}
-    if "perplexity" in evaluation.tasks and isinstance(data, InstructionData):
+    if "perplexity" in evaluation.tasks and isinstance(data, InstructionData | BookData):
         names = {"corpus": data.source, "tokenizer": data.tokenizer, "validation_nll": validation_nll}
         tasks["perplexity"] = names | answer_perplexity(model, validation)
         say(f"perplexity of answers: {tasks['perplexity']['perplexity']:.3f} ({tasks['perplexity']['nll']:.4f} nats)")
@@ -112,14 +117,17 @@ def evaluate(
     if "accuracy" in evaluation.tasks:
         tasks["accuracy"] = evaluate_accuracy(model, load_images(data, "validation"))
         say(f"accuracy {tasks['accuracy']['accuracy']:.4f} of {tasks['accuracy']['images']} images")
+    how = {"segment": evaluation.segment, "seed": evaluation.seed, "say": say}
+    readable = [length for length in lengths if length <= limit]
     if "passkey" in evaluation.tasks:
-        readable = [length for length in lengths if length <= limit]
-        tasks["passkey"] = evaluate_passkey(
-            model, tokenizer, evaluation.passkey, readable, segment=evaluation.segment, seed=evaluation.seed, say=say
-        )
-        tasks["passkey"]["skipped"] += [
-            {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
-            for length in lengths
-            if length > limit
-        ]
+        tasks["passkey"] = evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **how)
+    if "summarisation" in evaluation.tasks:
+        tasks["summarisation"] = evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **how)
+    too_long = [
+        {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
+        for length in lengths
+        if length > limit
+    ]
+    for name in tasks.keys() & {"passkey", "summarisation"}:
+        tasks[name]["skipped"] += too_long
     return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}

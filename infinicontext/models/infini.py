@@ -61,7 +61,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
             self.k_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
 
-    def __call__(self, x_BTD: jax.Array, cache: Cache, memory: Memory, call: Call, *, within: bool) -> tuple[jax.Array, Cache, Memory]:
+    def __call__(
+        self, x_BTD: jax.Array, cache: Cache, memory: Memory, call: Call, *, within: bool, parallel: bool | None = None
+    ) -> tuple[jax.Array, Cache, Memory]:
         """Reads T tokens -> what they add to x, what `infini_attention` returns besides."""
         config, dtype = self.config, x_BTD.dtype
         q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("btd,dhk->bthk", x_BTD, use(w, dtype)) for w in (self.q, self.k, self.v))
@@ -72,7 +74,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         gate_H = use(self.gate, at_least_float32(dtype))
-        o_BTHK, new, memory = infini_attention(config, q_BTHK, k_BTGK, v_BTGK, gate_H, cache, memory, call, within=within)
+        how = {"within": within, "parallel": parallel}
+        o_BTHK, new, memory = infini_attention(config, q_BTHK, k_BTGK, v_BTGK, gate_H, cache, memory, call, **how)
         o_BTD = jnp.einsum("bthk,hkd->btd", o_BTHK, use(self.o, dtype))
         o_BTD = o_BTD + use(self.o_bias, dtype)[None, None] if config.output_bias else o_BTD
         return o_BTD, new, memory
@@ -133,7 +136,8 @@ class Infini(nnx.Module):
 
     def gates(self) -> jax.Array:
         """The share of the memory in each head's output, [L, H]."""
-        return jax.nn.sigmoid(self.blocks.attention.gate[...])
+        gate_LH = self.blocks.attention.gate[...]
+        return jnp.zeros_like(gate_LH) if self.config.gate == "closed" else jax.nn.sigmoid(gate_LH)
 
     def hidden(self, tokens_BT: jax.Array, state: InfiniState, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, InfiniState]:
         """Reads T tokens from wherever the stream stands.

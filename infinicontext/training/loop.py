@@ -145,7 +145,10 @@ def train(
                 finish_pending()
             if validate:
                 losses = [float(steps.validation_loss(state.model, part)) for part in validation]
-                metrics.write({"step": step, "validation_loss": float(np.average(losses, weights=weights))})
+                record = {"step": step, "validation_loss": float(np.average(losses, weights=weights))}
+                if (gates_LH := steps.gates(state.model)) is not None:
+                    record["gates"] = np.asarray(gates_LH, np.float64).round(6).tolist()
+                metrics.write(record)
             # Parameters whose updates are being skipped may be ruined; saving them would push out the last good ones.
             if save and not in_a_row:
                 # Records are on disk before the checkpoint that says they need not come again.

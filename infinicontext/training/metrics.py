@@ -62,24 +62,23 @@ class MetricsWriter:
         self._bar = tqdm(total=steps, initial=resumed_at, desc=name, unit="step", disable=not self._terminal)
         self._name, self._steps = name, steps
 
-    def write(self, record: dict[str, float | int]) -> None:
-        """One record, which has a "step"; complete on disk before this returns."""
+    def write(self, record: dict[str, float | int | list[list[float]]]) -> None:
+        """One record, which has a "step" and may have "gates" by layer and head; complete on disk before this returns."""
         if not self._active:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for key, value in record.items():
-            if key != "step":
-                self._board.add_scalar(key, value, record["step"])
+        gates, scalars = record.get("gates", []), {key: value for key, value in record.items() if key not in ("step", "gates")}
+        by_head = {f"gate/{layer}/{head}": gate for layer, heads in enumerate(gates) for head, gate in enumerate(heads)}
+        for key, value in (scalars | by_head).items():
+            self._board.add_scalar(key, value, record["step"])
         if self._terminal:
             self._bar.set_postfix(
-                {key: f"{value:.4g}" for key, value in record.items() if key in ("loss", "validation_loss", "tokens_per_second")}
+                {key: f"{value:.4g}" for key, value in scalars.items() if key in ("loss", "validation_loss", "tokens_per_second")}
             )
             self._bar.update(record["step"] - self._bar.n)
         else:
-            fields = " ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items() if key != "step"
-            )
+            fields = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in scalars.items())
             print(f"{self._name} step {record['step']}/{self._steps} {fields}", file=sys.stderr, flush=True)
 
     def sync(self) -> None:

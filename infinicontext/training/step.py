@@ -33,6 +33,7 @@ class Steps(NamedTuple):
     begin: Callable  # model -> TrainState of pretrained parameters, which are donated
     train_step: Callable  # (TrainState, batch) -> (TrainState, metrics); the state is donated
     validation_loss: Callable  # (model, batch) -> loss, a scalar
+    gates: Callable  # model -> each head's share of its memory [L, H], None for a model without gates
     like: TrainState  # abstract arrays with their shardings
 
 
@@ -88,6 +89,10 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     def validation_loss(model, batch):
         return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})
 
+    def gates(model):
+        model = model.merged() if isinstance(model, models.Adapted) else model
+        return model.gates() if hasattr(model, "gates") else None
+
     abstract = jax.eval_shape(init, jax.random.key(0))
     where = sharding.shardings(abstract, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
@@ -100,5 +105,6 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
         jax.jit(begin, out_shardings=where, donate_argnums=0),
         jax.jit(train_step, donate_argnums=0, out_shardings=(where, replicated)),
         jax.jit(validation_loss, out_shardings=replicated),
+        jax.jit(gates, out_shardings=replicated),
         like,
     )

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from infinicontext import models, pretrained, sharding
+from infinicontext.data.books import BookData
 from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData, start_and_end
 from infinicontext.data.pipeline import CorpusData
@@ -76,7 +77,7 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
         model = _merged(restore(folder, config, mesh, step)[1])
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
         tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
-        if isinstance(experiment.data, InstructionData):
+        if isinstance(experiment.data, InstructionData | BookData):
             # What the model was tuned to read and to end with, whatever its tokenizer adds and the model before it did.
             start, end = start_and_end(experiment.data, tokenizer)
             return Loaded(model, tokenizer, start, (end, *(stop_ids(kept) if kept else ())))
