@@ -16,8 +16,8 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
-from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
+from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
 Task = Literal["perplexity", "passkey", "accuracy", "summarisation"]
