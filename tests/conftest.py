@@ -30,3 +30,10 @@ def float64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may map so many pieces of memory, and every compiled program takes some; those of a whole suite were too many."""
+    yield
+    jax.clear_caches()

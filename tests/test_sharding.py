@@ -56,14 +56,14 @@ def run(mesh, **changes):
     """Losses and gradient norms of three steps, validation loss after them, and the state."""
     experiment = dataclasses.replace(EXPERIMENT, **changes)
     with jax.set_mesh(mesh):
-        init, _, train_step, validation_loss, _ = make_steps(experiment, mesh)
-        state = init(jax.random.key(0))
+        steps = make_steps(experiment, mesh)
+        state = steps.init(jax.random.key(0))
         where = jax.sharding.NamedSharding(mesh, P(sharding.RULES["batch"]))
         measured = []
         for step in range(STEPS):
-            state, metrics = train_step(state, jax.device_put(batch_of(step), where))
+            state, metrics = steps.train_step(state, jax.device_put(batch_of(step), where))
             measured.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-        held_out = float(validation_loss(state.model, jax.device_put(batch_of(STEPS), where)))
+        held_out = float(steps.validation_loss(state.model, jax.device_put(batch_of(STEPS), where)))
     return np.array(measured), held_out, state
 
 
