@@ -319,7 +319,9 @@ def test_without_fam_it_is_a_transformer(base, float64):
     plain, model = built(config), built(fam_config, 1)
     weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plain)}
     # Away from 0 and 1, so that none of them could be left out unnoticed.
-    weights = {path: leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape) for i, (path, leaf) in enumerate(weights.items())}
+    weights = {
+        path: leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype) for i, (path, leaf) in enumerate(weights.items())
+    }
     plain, model = (jax.tree_util.tree_map_with_path(lambda path, _: weights[jax.tree_util.keystr(path)], tree) for tree in (plain, model))
     tokens_BT = tokens_of(1, 2, 23)
     expected, _ = read(plain, tokens_BT, plain.init_state(2, capacity=23))
@@ -368,10 +370,7 @@ def test_gradients_stop_where_they_are_asked_to(float64):
     assert reached(fam_length=0) == [False, False, True, True]
     assert reached(fam_length=0, stop_memory_gradient=True) == [False, False, False, True]
     assert reached(memory_blocks=0) == [True, True, True, True]
-    assert reached(stop_memory_gradient=True, memory_blocks=0) == [True, True, True, True]
-    assert reached(detach_every=1) == [False, False, True, True]
     assert reached(memory_blocks=0, detach_every=2) == [False, False, True, True]
-    assert reached(memory_blocks=0, detach_every=2, schedule="blocks") == [False, False, True, True]
 
 
 def test_fam_is_passed_to_all_rows(float64):
