@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from typing import Literal
 
 from infinicontext.data.books import BookData
 from infinicontext.data.images import ImageData
@@ -14,6 +15,9 @@ from infinicontext.models import MegalodonConfig, ModelConfig
 from infinicontext.objectives.next_token import NextToken
 from infinicontext.sharding import MeshConfig
 from infinicontext.training.optimizer import OptimizerConfig
+
+# nothing: rows begin empty. rows: row b goes on where row b ended. fam: all rows begin with the FAM that the first row ended with.
+Carry = Literal["nothing", "rows", "fam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Experiment:
     steps: int = 1000
     batch_size: int = 16  # rows per step over all devices
     accumulation: int = 1  # microbatches per step; the result is the same, the memory less
+    carry: Carry = "nothing"  # what of a step's last states the next begins with, without gradients (training/carry.py)
+    carry_probability: float = 0.8  # with which a step begins with a passed FAM
     seed: int = 0
     log_every: int = 10
     validation_every: int = 200
@@ -55,6 +61,18 @@ class Experiment:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.batch_size % self.accumulation:
             raise UserError(f"batch_size is {self.batch_size}, which is not a multiple of accumulation, {self.accumulation}")
+        if self.carry not in typing.get_args(Carry):
+            raise UserError(f"carry is {self.carry}; it must be one of {', '.join(typing.get_args(Carry))}")
+        if not 0 <= self.carry_probability <= 1:
+            raise UserError(f"carry_probability is {self.carry_probability}; it must be from 0 to 1")
+        if self.carry == "rows" and not (isinstance(self.data, CorpusData) and self.data.order == "sequential"):
+            raise UserError(
+                'carry is rows, for which data must be CorpusData with the order "sequential": rows that go on from step to step'
+            )
+        if self.carry == "rows" and self.accumulation > 1:
+            raise UserError(f"carry is rows, for which accumulation must be 1, not {self.accumulation}")
+        if self.carry == "fam" and not getattr(getattr(self.model, "model", self.model), "fam_length", 0):
+            raise UserError(f"carry is fam, but the model, of kind {type(self.model).__name__}, has no FAM")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if self.objective.loss == "answers" and isinstance(self.data, CorpusData):

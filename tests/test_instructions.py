@@ -209,7 +209,7 @@ def test_a_packed_row_is_learnt_like_its_conversations_alone():
     @jax.jit
     def total(row):
         batch = {name: value[None] for name, value in row.items()}
-        return weighted_loss(answers, model, batch | {"weights": batch["answer_mask"]})
+        return weighted_loss(answers, model, batch | {"weights": batch["answer_mask"]})[0]
 
     alone = 0.0
     for begin, end in zip(together.starts, together.starts[1:]):

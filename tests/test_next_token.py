@@ -62,7 +62,7 @@ def random_batch(seed=0, answers=4):
 
 
 def loss_of(objective, model, batch):
-    return weighted_loss(objective, model, batch | {"weights": token_weights(objective, batch)})
+    return weighted_loss(objective, model, batch | {"weights": token_weights(objective, batch)})[0]
 
 
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_of, argnums=1), static_argnums=0)

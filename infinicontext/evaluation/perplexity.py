@@ -130,7 +130,7 @@ def answer_perplexity(model: Model, batches: list[dict[str, np.ndarray]]) -> dic
       protocol; nll (nats per answer token), perplexity, tokens.
     """
     answers = NextToken("answers")
-    loss = jax.jit(lambda model, batch: weighted_loss(answers, model, batch | {"weights": token_weights(answers, batch)}))
+    loss = jax.jit(lambda model, batch: weighted_loss(answers, model, batch | {"weights": token_weights(answers, batch)})[0])
     weights = [counted(answers, batch) for batch in batches]
     nll = float(np.average([float(loss(model, batch)) for batch in batches], weights=weights))
     tokens = int(sum(weights))

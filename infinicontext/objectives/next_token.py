@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from infinicontext.errors import UserError
-from infinicontext.models.streaming import Model
+from infinicontext.models.streaming import Model, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +85,25 @@ def counted(objective: NextToken, batch: dict) -> float:
     return float(batch["loss_mask" if objective.loss == "all" else "answer_mask"].sum())
 
 
-def weighted_loss(objective: NextToken, model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> jax.Array:
-    """Reads rows from an empty state and sums their weighted losses.
+def weighted_loss(
+    objective: NextToken, model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None, state: State | None = None
+) -> tuple[jax.Array, State]:
+    """Reads rows and sums their weighted losses.
 
     Args:
       objective: chunk size.
       model: any model.
       batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1], weights float32 [B, T].
       dropout_key: for models with dropout, in training; None: no dropout.
+      state: what the model has read before; None: nothing.
 
     Returns:
-      The loss, a float32 scalar.
+      The loss, a float32 scalar, and the state after the rows.
     """
     tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    hidden_BTD, _ = model.hidden(tokens_BT, model.init_state(*tokens_BT.shape), batch["segment_ids"][:, :-1], **dropout)
+    state = model.init_state(*tokens_BT.shape) if state is None else state
+    hidden_BTD, state = model.hidden(tokens_BT, state, batch["segment_ids"][:, :-1], **dropout)
     losses_BT = token_losses(model, hidden_BTD, targets_BT, chunk=objective.chunk)
     # A token of weight 0 (padding, a document's last token) may have a loss of no meaning.
-    return jnp.sum(jnp.where(batch["weights"] > 0, losses_BT, 0) * batch["weights"])
+    return jnp.sum(jnp.where(batch["weights"] > 0, losses_BT, 0) * batch["weights"]), state

@@ -73,14 +73,14 @@ def train(
         # 3. State: from the newest checkpoint, else from the weights to start from, else from the seed.
         checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
         closing.callback(checkpoints.close)
-        restored = checkpoints.restore(steps.like.model, {"step": steps.like.step, "optimizer": steps.like.optimizer})
+        restored = checkpoints.restore(steps.like.model, steps.like.rest)
         if restored is None and experiment.start_from:
             state = steps.begin(starting_model(pathlib.Path(experiment.start_from), experiment.model, mesh, experiment.seed))
         elif restored is None:
             state = steps.init(jax.random.key(experiment.seed))
         else:
             _, model, rest = restored
-            state = TrainState(rest["step"], model, rest["optimizer"])
+            state = TrainState(rest["step"], model, rest["optimizer"], rest.get("carried"))
         start = saved = int(state.step)
         write_config(experiment, workdir, fingerprint, command)
         if experiment.start_from and jax.process_index() == 0:
@@ -153,7 +153,7 @@ def train(
             if save and not in_a_row:
                 # Records are on disk before the checkpoint that says they need not come again.
                 metrics.sync()
-                checkpoints.save(step, state.model, {"step": state.step, "optimizer": state.optimizer})
+                checkpoints.save(step, state.model, state.rest)
                 saved = step
             if validate or save:
                 clock.pause()

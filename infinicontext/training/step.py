@@ -1,7 +1,8 @@
 """One training step, compiled for a mesh. Shape letters: B rows, T tokens read per row, M microbatches."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.nn.parameters import at_least_float32, of_groups, parameter_groups, with_parameters
 from infinicontext.objectives.next_token import token_weights, weighted_loss
+from infinicontext.training.carry import carried_after, carried_shardings, nothing_yet, state_before
 from infinicontext.training.optimizer import make_optimizer, schedule, updates_done
 
 
@@ -24,6 +26,12 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     model: nnx.Module
     optimizer: optax.OptState
+    carried: Any  # what the next step's rows begin with; None: nothing
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """Everything but the model, by name, as checkpoints keep it."""
+        return {"step": self.step, "optimizer": self.optimizer} | ({} if self.carried is None else {"carried": self.carried})
 
 
 class Steps(NamedTuple):
@@ -48,7 +56,7 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     trained_part = lambda model: of_groups(model, experiment.optimizer.train)
 
     def begin(model):
-        return TrainState(jnp.int32(0), model, optimizer.init(trained_part(model)))
+        return TrainState(jnp.int32(0), model, optimizer.init(trained_part(model)), nothing_yet(experiment, model))
 
     def init(key):
         return begin(models.build(experiment.model, nnx.Rngs(key)))
@@ -56,20 +64,31 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     def train_step(state: TrainState, batch):
         batch = batch | {"weights": token_weights(experiment.objective, batch)}
         trained = trained_part(state.model)
-        loss_and_gradient = jax.value_and_grad(
-            lambda trained, part, key: weighted_loss(experiment.objective, with_parameters(state.model, trained), part, key)
-        )
+
+        @functools.partial(jax.value_and_grad, has_aux=True)
+        def loss_and_gradient(trained, part, key):
+            model, (rows, length) = with_parameters(state.model, trained), part["weights"].shape
+            before = state_before(experiment, model, state.carried, state.step, rows, length)
+            loss, after = weighted_loss(experiment.objective, model, part, key, before)
+            return loss, carried_after(experiment, after)
+
         keys_M = None
         if getattr(experiment.model, "has_dropout", False):
             keys_M = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step), experiment.accumulation)
         if experiment.accumulation == 1:
-            loss, gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
+            (loss, carried), gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
         else:
             # Microbatch m takes every M-th row, so that each device's rows are in every microbatch.
             microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulation, *x.shape[1:]), 1, 0), batch)
             zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, trained))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradient(trained, *part)), None)
-            (loss, gradient), _ = jax.lax.scan(add, zero, (microbatches, keys_M))
+
+            def add(total, part):
+                (loss, carried), gradient = loss_and_gradient(trained, *part)
+                return jax.tree.map(jnp.add, total, (loss, gradient)), carried
+
+            (loss, gradient), carried_M = jax.lax.scan(add, zero, (microbatches, keys_M))
+            # The first row of the batch is in the first microbatch.
+            carried = jax.tree.map(lambda x: x[0], carried_M)
         norm = optax.tree.norm(gradient)
         # A loss or a norm that is not finite spoils the update even where the gradient itself is finite; the optimizer skips on NaN.
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -84,17 +103,19 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
             "skipped_updates": optimizer_state.total_notfinite,
         }
         model = with_parameters(state.model, optax.apply_updates(trained, updates))
-        return TrainState(state.step + 1, model, optimizer_state), metrics
+        # A state that is not finite, like the update, is not gone on with.
+        carried = jax.tree.map(lambda new, old: jnp.where(usable, new, old), carried, state.carried)
+        return TrainState(state.step + 1, model, optimizer_state, carried), metrics
 
     def validation_loss(model, batch):
-        return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})
+        return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})[0]
 
     def gates(model):
         model = model.merged() if isinstance(model, models.Adapted) else model
         return model.gates() if hasattr(model, "gates") else None
 
     abstract = jax.eval_shape(init, jax.random.key(0))
-    where = sharding.shardings(abstract, mesh)
+    where = sharding.shardings(abstract, mesh)._replace(carried=carried_shardings(experiment, mesh))
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, where)
     for field, names in (("groups", [group.name for group in experiment.optimizer.groups]), ("train", experiment.optimizer.train)):
         if unknown := set(names) - parameter_groups(abstract.model):
