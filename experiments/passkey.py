@@ -28,6 +28,7 @@ from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.objectives.next_token import NextToken
@@ -70,8 +71,32 @@ def megalodon() -> Experiment:
     return dataclasses.replace(experiment, name="megalodon", model=model)
 
 
+def infini() -> Experiment:
+    """Infini-attention by the delta rule, trained on up to 4,096 tokens; each row's normalizer stands still after a random time."""
+    return Experiment(
+        name="infini",
+        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(4, 128), remat=False),
+        data=PasskeyData(lengths=(192, 256, 512, 1024, 2048, 4096), stage_steps=(550, 50, 70, 80, 100), jitter=64),
+        objective=NextToken(loss="answers", context_weight=0.3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
+        evaluation=Evaluation(tasks=("passkey",), lengths=(1024, 4096, 16384, 65536), passkey=PasskeyEvaluation(samples=20)),
+        steps=1450,
+        batch_size=43,
+        log_every=20,
+        validation_every=50,
+        checkpoint_every=100,
+    )
+
+
+def infini_linear() -> Experiment:
+    """The same by the linear rule, under which nothing is gained by a normalizer that stands still."""
+    experiment = infini()
+    model = dataclasses.replace(experiment.model, update="linear", training_horizons=None)
+    return dataclasses.replace(experiment, name="infini_linear", model=model)
+
+
 def all() -> list[Experiment]:
-    """The four of them with three seeds each."""
+    """The first four with three seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
         for experiment in (full(), window(), block_window(), megalodon())
@@ -80,7 +105,7 @@ def all() -> list[Experiment]:
 
 
 def demo() -> list[Experiment]:
-    """The three of them on a shorter curriculum, with fewer samples: under a minute each."""
+    """The first three on a shorter curriculum, with fewer samples: under a minute each."""
     return [
         dataclasses.replace(
             experiment,

@@ -44,7 +44,7 @@ class Owner(NamedTuple):
     """Whose the memory is, the same for all layers: 8 bytes per row."""
 
     document_B: jax.Array  # int32, the document; 0: of none, the memory is empty
-    segments_B: jax.Array  # int32, segments of it that the memory holds
+    segments_B: jax.Array  # int32, segments of it that the memory holds; one that it begins inside does not count
 
 
 class Segments(NamedTuple):
@@ -78,7 +78,7 @@ def segments(
     *,
     within: bool,
     fresh: bool = False,
-    normalizer_horizon: int | None = None,
+    normalizer_horizon: jax.Array | int | None = None,
     detach_every: int = 0,
 ) -> tuple[Segments, Owner]:
     """Where a call's tokens stand in the grid of segments.
@@ -90,7 +90,7 @@ def segments(
       segment: tokens per segment.
       within: whether no row's tokens go on beyond the segment they begin in; then N = 1 and C = T, otherwise C = segment.
       fresh: whether the tokens are known to be the first of their rows, which saves a segment.
-      normalizer_horizon: after so many segments of a document the normalizer stands still; None: never.
+      normalizer_horizon: after so many whole segments of a document the normalizer stands still, a number or int32 [B]; None: never.
       detach_every: gradients do not flow back through the memory beyond every so many segments of the grid; 0: they do.
 
     Returns:
@@ -107,10 +107,13 @@ def segments(
     owner_NB = jnp.concatenate([owner.document_B[None], last_NB[:-1]])
     keeps_NB = last_NB == owner_NB
     before_NB = jnp.concatenate([document_B[None], last_NB[:-1]])
-    # A segment before which the owner changed begins at 0 segments.
-    changed_NB = jax.lax.cummax(jnp.where(keeps_NB, -owner.segments_B[None], numbers_N1), axis=0)
+    # A document begins at 0 segments, inside one at -1: a normalizer that stood still after few tokens would let the delta rule explode.
+    column_1BC = jnp.arange(document_NBC.shape[2], dtype=jnp.int32)[None, None] + (held_B[None, :, None] if within else 0)
+    position_NBC = place.position_BT[None] if within else lay(place.position_BT, None if fresh else held_B, segment)
+    inside_NB = jnp.any((document_NBC == last_NB[..., None]) & (position_NBC < column_1BC), axis=2)
+    changed_NB = jax.lax.cummax(jnp.where(keeps_NB, -owner.segments_B[None], numbers_N1 + inside_NB.astype(jnp.int32)), axis=0)
     held_NB = numbers_N1 - changed_NB
-    counts_NB = jnp.ones_like(keeps_NB) if normalizer_horizon is None else held_NB < normalizer_horizon
+    counts_NB = jnp.ones_like(keeps_NB) if normalizer_horizon is None else held_NB < jnp.atleast_2d(normalizer_horizon)
 
     read_B = jnp.max(jnp.where(place.document_BT > 0, jnp.arange(1, T + 1, dtype=jnp.int32)[None], 0), axis=1)
     complete_1B = ((held_B + read_B) // segment)[None]
