@@ -353,7 +353,7 @@ def attend_chunks(
 ) -> jax.Array:
     """Causal attention within chunks that have been laid out, in blocks of queries that leave out the keys behind them.
 
-    On 2 CPU cores a layer that read 4,096 tokens in chunks of 512 took 72 ms in blocks of 128 and 88 ms in whole chunks.
+    On 2 CPU cores 4,096 tokens in chunks of 512 (4 heads of 64) took 14 ms in blocks of 128 and 17 ms in whole chunks.
 
     Args:
       q_NBCHK: rotated queries.
