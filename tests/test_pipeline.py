@@ -217,7 +217,7 @@ def test_errors_before_the_first_batch(source, tmp_path):
             batches(CorpusData(source, tokenizer="none"))
         with pytest.raises(UserError, match=r"data\.source"):
             batches(CorpusData(str(tmp_path / "none")))
-        with pytest.raises(UserError, match=r"data\.lengths holds 60, for samples of 61 tokens: .* at least"):
+        with pytest.raises(UserError, match=r"data\.lengths holds 60 and data\.jitter is 0, for samples of 61 tokens: .* at least"):
             batches(PasskeyData(lengths=(256, 60), stage_steps=(2,)))
     with pytest.raises(UserError, match="no document in its validation split"):
         validation_batches(CorpusData(source, validation_fraction=1e-9), 8, 1, 0)
