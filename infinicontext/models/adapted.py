@@ -10,6 +10,8 @@ import dataclasses
 import jax
 from flax import nnx
 
+from infinicontext.models.fam import Fam
+from infinicontext.models.fam_attention import FamConfig
 from infinicontext.models.infini import Infini
 from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import Megalodon, MegalodonConfig
@@ -22,7 +24,7 @@ from infinicontext.nn.lora import Lora, adapters, merged
 class AdaptedConfig:
     """The adapted model's config and what is adapted."""
 
-    model: TransformerConfig | MegalodonConfig | InfiniConfig
+    model: TransformerConfig | MegalodonConfig | InfiniConfig | FamConfig
     lora: Lora = Lora()
 
     @property
@@ -50,7 +52,7 @@ class Adapted(nnx.Module):
 
     def __init__(self, config: AdaptedConfig, rngs: nnx.Rngs):
         self.config = config
-        kinds = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini}
+        kinds = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini, FamConfig: Fam}
         self.model: Model = kinds[type(config.model)](config.model, rngs)
         self.adapters = adapters(self.model, config.lora, rngs)
 

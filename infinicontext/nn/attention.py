@@ -346,6 +346,7 @@ def attend_chunks(
     v_NBSGK: jax.Array,
     documents: tuple[jax.Array, jax.Array] | None = None,
     *,
+    first_seen_NBCP: jax.Array | None = None,
     block: int | None = None,
     fold: bool | None = None,
     scale: float | None = None,
@@ -360,6 +361,7 @@ def attend_chunks(
       k_NBSGK: rotated keys; the last C of S are the chunk's own, those before them all the queries of the chunk may see.
       v_NBSGK: values.
       documents: int32 [N, B, C] of queries and [N, B, S] of keys, which are seen by queries of the same only; None: by all.
+      first_seen_NBCP: bool, whether each query sees each of the first P keys, which then have no documents: those are [N, B, S - P].
       block: queries per block; None chooses.
       fold: as in `chunk_attention`.
       scale: as in `attend`.
@@ -377,11 +379,12 @@ def attend_chunks(
     starts = range(0, C, block)
 
     def one_chunk(xs):
-        q_BCHK, k_BSGK, v_BSGK, documents, number = xs
+        q_BCHK, k_BSGK, v_BSGK, documents, first_BCP, number = xs
         q_BHCK, k_BGSK, v_BGSK = (jnp.moveaxis(x, 2, 1) for x in (q_BCHK, k_BSGK, v_BSGK))
         seen_BCS = jnp.broadcast_to(causal_1CS, (B, C, S))
         if documents is not None:
-            seen_BCS &= documents[0][:, :, None] == documents[1][:, None]
+            same_BCS = documents[0][:, :, None] == documents[1][:, None]
+            seen_BCS &= same_BCS if first_BCP is None else jnp.concatenate([first_BCP, same_BCS], axis=2)
 
         def one_block(i, start):
             rows, keys = slice(start, start + block), slice(min(start + block, C) + S - C)
@@ -391,7 +394,7 @@ def attend_chunks(
 
         return jnp.moveaxis(jnp.concatenate([one_block(i, start) for i, start in enumerate(starts)], axis=2), 1, 2)
 
-    xs = (q_NBCHK, k_NBSGK, v_NBSGK, documents, jnp.arange(N, dtype=jnp.int32))
+    xs = (q_NBCHK, k_NBSGK, v_NBSGK, documents, first_seen_NBCP, jnp.arange(N, dtype=jnp.int32))
     if fold:
         return jax.vmap(jax.checkpoint(one_chunk) if large else one_chunk)(xs)
     return jax.lax.map(jax.checkpoint(one_chunk), xs)
