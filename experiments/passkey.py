@@ -49,7 +49,7 @@ chosen among 64, 128, 256 and 512 by a few samples of the same lengths:
     all            94 (99)     96 (99)     91 (98)     78 (95)     88 (97)     56 (89)
 
 Between the ends nothing is lost up to 64 times the training length. Why keys at the very beginning, and right before the question, are
-worse is not settled: rows of 4,096 tokens show few of either. At a million tokens both dilution and wear are beyond what training has shown.
+worse is not settled: rows of 4,096 tokens show few of either. At a million tokens dilution and wear are beyond what training has shown.
 By the paper's plain rule, without a horizon,
 the same parameters find 96 (99) at 16,384 and 78 (96) at 65,536: at depths 0 to 1 there 65, 80, 90, 70 and 85. With closed gates
 (--model.gate closed) they find 7 (23) at 4,096. The linear rule (infini_linear) has not been trained yet.
