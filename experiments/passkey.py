@@ -50,9 +50,8 @@ chosen among 64, 128, 256 and 512 by a few samples of the same lengths:
 
 Between the ends nothing is lost up to 64 times the training length. Why keys at the very beginning, and right before the question, are
 worse is not settled: rows of 4,096 tokens show few of either. At a million tokens dilution and wear are beyond what training has shown.
-By the paper's plain rule, without a horizon,
-the same parameters find 96 (99) at 16,384 and 78 (96) at 65,536: at depths 0 to 1 there 65, 80, 90, 70 and 85. With closed gates
-(--model.gate closed) they find 7 (23) at 4,096. The linear rule (infini_linear) has not been trained yet.
+By the paper's plain rule, without a horizon, the same parameters find 96 (99) at 16,384 and 78 (96) at 65,536: at depths 0 to 1 there 65,
+80, 90, 70 and 85. With closed gates (--model.gate closed) they find 7 (23) at 4,096. The linear rule (infini_linear) was not trained yet.
 """
 
 import dataclasses
@@ -122,7 +121,7 @@ def infini() -> Experiment:
 
 
 def infini_linear() -> Experiment:
-    """The same by the linear rule, under which nothing is gained by a normalizer that stands still."""
+    """The same by the linear rule and the paper's normalizer; not run yet."""
     experiment = infini()
     model = dataclasses.replace(experiment.model, update="linear", training_horizons=None)
     return dataclasses.replace(experiment, name="infini_linear", model=model)
