@@ -16,6 +16,7 @@ and with it the overall score are 0.
 Your own books (data/books.py says what a line holds): --data.source mine.jsonl. As in the paper's section 4.3, a pretrained Transformer is
 given a memory, tuned on long inputs and asked at longer ones. An experiment of your own:
 
+    import dataclasses
     from infinicontext import pretrained
 
     def mine() -> Experiment:
@@ -23,7 +24,7 @@ given a memory, tuned on long inputs and asked at longer ones. An experiment of 
         base = dataclasses.replace(pretrained.read_config(folder), dtype="bfloat16")
         return Experiment(
             name="mine",
-            model=InfiniConfig.of(base, segment=2048, empty_memory="bypass", gate_init=-3.0),
+            model=InfiniConfig.of(base, segment=2048, update="linear", empty_memory="bypass", gate_init=-3.0),
             data=BookData("booksum.jsonl", tokenizer=folder, length=32768),
             objective=NextToken(loss="answers"),
             optimizer=OptimizerConfig(learning_rate=1e-5),

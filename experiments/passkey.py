@@ -20,6 +20,38 @@ Full attention finds every key at the length it was trained on last and loses ev
 windows find a key at any length, but only where their reach of two layers x 128 tokens covers it: of five depths three at 256 tokens, the
 last one beyond. That is what a memory has to beat. MEGALODON, at the same budget, finds it where it shares a chunk of 64 with the question:
 nothing precise crosses a chunk's border through its averages and statistics yet.
+
+Infini-attention, 0.6 million parameters in segments of 64, never trained on more than 4,096 tokens: one seed so far, and four runs, each
+from the one before, because training once was too short. Keys and questions stand anywhere in a segment (--data.jitter), and normalizers
+stand still early (--model.training-horizons), so that a row of 64 segments is worn as one of 4,096 segments is under a horizon of 64.
+
+    E=experiments/passkey.py:infini
+    infinicontext train $E --workdir runs/a
+    infinicontext train $E --workdir runs/b --start-from runs/a --steps 850 --batch-size 16 --data.lengths 512 1024 4096 \\
+      --data.stage-steps 400 150 --data.jitter 192 --optimizer.learning-rate 1.5e-3 --optimizer.warmup-steps 20
+    infinicontext train $E --workdir runs/c --start-from runs/b --steps 400 --batch-size 12 --data.lengths 1024 4096 \\
+      --data.stage-steps 80 --data.jitter 192 --optimizer.learning-rate 1e-3 --optimizer.warmup-steps 20 --model.training-horizons 1 64
+    infinicontext train $E --workdir runs/d --start-from runs/c --steps 700 --batch-size 12 --data.lengths 1024 4096 \\
+      --data.stage-steps 100 --data.jitter 192 --optimizer.learning-rate 1.5e-3 --optimizer.warmup-steps 20 --model.training-horizons 1 128
+    infinicontext eval runs/d --tasks passkey --lengths 4k 16k 64k 128k 256k --model.normalizer-horizon 256 --output far.json
+
+Cost: 45 minutes of training on 2 CPU cores (12,000 tokens/s), 70,000 tokens/s read in evaluation.
+
+Result, exact keys (right digits) in % by depth of the key, horizon of 256 segments; 20 samples each to 65536, 8 beyond. The horizon was
+chosen among 64, 128, 256 and 512 by a few samples of the same lengths:
+
+                   4096        16384       65536       131072      262144      1048576
+    0              90 (98)     100 (100)   80 (96)     62 (93)     50 (90)     38 (85)
+    0.25           100 (100)   100 (100)   100 (100)   100 (100)   100 (100)   -
+    0.5            100 (100)   100 (100)   100 (100)   100 (100)   100 (100)   75 (93)
+    0.75           100 (100)   100 (100)   100 (100)   100 (100)   100 (100)   -
+    1              80 (95)     80 (96)     75 (93)     25 (85)     88 (97)     -
+    all            94 (99)     96 (99)     91 (98)     78 (95)     88 (97)     56 (89)
+
+Between the ends nothing is lost up to 64 times the training length. Why keys at the very beginning, and right before the question, are
+worse is not settled: rows of 4,096 tokens show few of either. At a million tokens dilution and wear are beyond what training has shown.
+By the paper's plain rule, without a horizon, the same parameters find 96 (99) at 16,384 and 78 (96) at 65,536: at depths 0 to 1 there 65,
+80, 90, 70 and 85. With closed gates (--model.gate closed) they find 7 (23) at 4,096. The linear rule (infini_linear) was not trained yet.
 """
 
 import dataclasses
@@ -28,6 +60,7 @@ from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.objectives.next_token import NextToken
@@ -70,8 +103,32 @@ def megalodon() -> Experiment:
     return dataclasses.replace(experiment, name="megalodon", model=model)
 
 
+def infini() -> Experiment:
+    """Infini-attention by the delta rule, trained on up to 4,096 tokens; each row's normalizer stands still after a random time."""
+    return Experiment(
+        name="infini",
+        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(4, 128), remat=False),
+        data=PasskeyData(lengths=(192, 256, 512, 1024, 2048, 4096), stage_steps=(550, 50, 70, 80, 100), jitter=64),
+        objective=NextToken(loss="answers", context_weight=0.3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
+        evaluation=Evaluation(tasks=("passkey",), lengths=(1024, 4096, 16384, 65536), passkey=PasskeyEvaluation(samples=20)),
+        steps=1450,
+        batch_size=43,
+        log_every=20,
+        validation_every=50,
+        checkpoint_every=100,
+    )
+
+
+def infini_linear() -> Experiment:
+    """The same by the linear rule and the paper's normalizer; not run yet."""
+    experiment = infini()
+    model = dataclasses.replace(experiment.model, update="linear", training_horizons=None)
+    return dataclasses.replace(experiment, name="infini_linear", model=model)
+
+
 def all() -> list[Experiment]:
-    """The four of them with three seeds each."""
+    """The first four with three seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
         for experiment in (full(), window(), block_window(), megalodon())
@@ -80,7 +137,7 @@ def all() -> list[Experiment]:
 
 
 def demo() -> list[Experiment]:
-    """The three of them on a shorter curriculum, with fewer samples: under a minute each."""
+    """The first three on a shorter curriculum, with fewer samples: under a minute each."""
     return [
         dataclasses.replace(
             experiment,

@@ -322,7 +322,7 @@ def run_convert(options: argparse.Namespace) -> None:
         elif to == "megalodon":
             weights.to_megalodon(options.source, options.target, mesh, step=options.step, shards=shards)
         else:
-            segment = (options.segment or 2048) if to == "infini" else None
+            segment = (2048 if options.segment is None else options.segment) if to == "infini" else None
             how = {"step": options.step, "rope": options.rope, "segment": segment}
             weights.to_run(options.source, options.target, mesh, **how, command=options.line)
     print(options.target)

@@ -16,7 +16,7 @@ from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation import summarisation
 from infinicontext.evaluation.suite import Evaluation, evaluate
-from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries, mean_scores
+from infinicontext.evaluation.summarisation import SummarisationEvaluation, Words, evaluate_summaries, mean_scores
 from infinicontext.inference.generate import Completion
 
 BYTES = ByteTokenizer()
@@ -105,6 +105,18 @@ def test_the_examples_are_whole_and_in_both_splits():
     sizes = [len(load_books(BookData(), BYTES, split).starts) - 1 for split in ("train", "validation")]
     assert sum(sizes) == 10
     assert min(sizes) >= 2
+
+
+def test_summaries_of_one_book_are_in_one_split(tmp_path):
+    lines = [(f"book {i} " * 9, f"summary {i} {j}") for i in range(20) for j in range(3)]
+    data = BookData(write(tmp_path / "b.jsonl", *lines), validation_fraction=0.3)
+    texts = [{book.text for book, _ in encoded_books(data, BYTES, split)} for split in ("train", "validation")]
+    assert all(texts)
+    assert not texts[0] & texts[1]
+
+
+def test_words_of_any_script():
+    assert Words().tokenize("Schön! Über_uns: हिन्दी, 日本 2x") == ["schön", "über", "uns", "हिन्दी", "日本", "2x"]
 
 
 def test_fingerprint_is_of_the_contents(tmp_path):

@@ -77,7 +77,8 @@ class Golden:
             update=self.meta["update"],
             empty_memory=self.meta.get("empty_memory", "literal"),
             memory_epsilon=self.meta.get("eps", 1e-6),
-            rope=RopeConfig(base=self.meta["rope_base"] or 1e4),
+            # Without rotation a head may have any size, so the rule that it be even is kept by rotating none of it but a pair.
+            rope=RopeConfig(base=self.meta["rope_base"] or 1e4, partial=1.0 if self.meta["rope_base"] else min(1.0, 2.5 / K)),
             dtype=dtype,
         )
         documents_BT = np.ones((self.B, self.T), np.int32)
@@ -181,6 +182,7 @@ def test_reference_gradients(golden, case, way, float64):
 SHAPE = {"B": 2, "T": 27, "H": 4, "G": 2, "K": 3, "U": 5}
 SEGMENT = 4
 DOCUMENTS_BT = np.array([[1] * 10 + [2] * 1 + [3] * 16, [1] * 6 + [2] * 15 + [0] * 6], np.int32)
+POSITIONS_BT = np.array([[*range(10), 0, *range(16)], [*range(6), *range(15), *[0] * 6]], np.int32)
 
 
 def example(seed=0, shape=SHAPE):
@@ -199,7 +201,8 @@ def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-
             document, held = 0, 0
             for t in range(int((DOCUMENTS_BT[row] > 0).sum())):
                 if DOCUMENTS_BT[row, t] != document:
-                    document, held = DOCUMENTS_BT[row, t], 0
+                    # The segment that a document begins inside does not count.
+                    document, held = DOCUMENTS_BT[row, t], -1 if t % SEGMENT else 0
                     matrix, normalizer, written, counted = np.zeros((K, U)), np.zeros(K), np.zeros((K, U)), np.zeros(K)
                 elif t % SEGMENT == 0:
                     matrix, normalizer, written, counted, held = matrix + written, normalizer + counted, written * 0, counted * 0, held + 1
@@ -213,12 +216,15 @@ def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-
     return recalled, matrices, normalizers
 
 
-def plainly_remember(tokens, document_BT, before, *, update="delta", horizon=None, parallel=False, within=False, segment=SEGMENT):
+def plainly_remember(
+    tokens, document_BT, before, position_BT=None, *, update="delta", horizon=None, parallel=False, within=False, segment=SEGMENT
+):
     """Tokens of these documents -> what they recall, and what comes before the next."""
     memory, owner, count_B, document_B = before
     T = document_BT.shape[1]
     index_BT = count_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    own, owner = segments(Place(index_BT, index_BT, document_BT), owner, document_B, segment, within=within, normalizer_horizon=horizon)
+    place = Place(index_BT, index_BT if position_BT is None else position_BT, document_BT)
+    own, owner = segments(place, owner, document_B, segment, within=within, normalizer_horizon=horizon)
     laid = (x[None] if within else attention.lay(jnp.asarray(x), count_B % segment, segment) for x in tokens)
     recalled, memory = recall(*laid, memory, own, update=update, epsilon=1e-6, parallel=parallel)
     recalled = recalled[0] if within else attention.unlay(recalled, count_B % segment, T)
@@ -243,18 +249,19 @@ def total(before) -> tuple[jax.Array, jax.Array]:
     )
 
 
-@pytest.mark.parametrize("horizon", [None, 2])
+@pytest.mark.parametrize("horizon", [None, 1, 2])
 @pytest.mark.parametrize("update", ["linear", "delta"])
 def test_equals_the_definition(update, horizon, float64):
     """Documents, padding, a normalizer that stands still; in one call, and token by token."""
     tokens, options = example(), {"update": update, "horizon": horizon}
     expected = definition(*tokens, update, horizon)
     for parallel in (False, True):
-        recalled, after = remember(tokens, DOCUMENTS_BT, nothing(), parallel=parallel, **options)
+        recalled, after = remember(tokens, DOCUMENTS_BT, nothing(), POSITIONS_BT, parallel=parallel, **options)
         assert_close((recalled, *total(after)), expected)
     parts, before = [], nothing()
     for t in range(SHAPE["T"]):
-        part, before = remember([x[:, t : t + 1] for x in tokens], DOCUMENTS_BT[:, t : t + 1], before, within=True, **options)
+        one = slice(t, t + 1)
+        part, before = remember([x[:, one] for x in tokens], DOCUMENTS_BT[:, one], before, POSITIONS_BT[:, one], within=True, **options)
         parts.append(part)
     assert_close((jnp.concatenate(parts, axis=1), before), (recalled, after))
 
@@ -263,7 +270,7 @@ def test_gradients_of_both_orders_agree(float64):
     """With documents, which the reference data has no gradients of."""
 
     def loss(tokens, memory, parallel):
-        recalled, after = plainly_remember(tokens, DOCUMENTS_BT, (memory, *nothing()[1:]), horizon=2, parallel=parallel)
+        recalled, after = plainly_remember(tokens, DOCUMENTS_BT, (memory, *nothing()[1:]), POSITIONS_BT, horizon=2, parallel=parallel)
         return jnp.sum(jnp.sin(recalled)) + sum(jnp.sum(jnp.cos(x)) for x in after[0])
 
     gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2, compiler_options=QUICK)
@@ -305,6 +312,25 @@ def test_delta_writes_nothing_that_is_there(float64):
     share_N = lambda **options: read(same_k, 20, **options)[0][0, ::SEGMENT, 0, 0]
     assert_close(share_N(), np.array([0, 1, 0.5, 0.5, 0.5]))
     assert_close(share_N(horizon=1), np.array([0, 1, 1, 1, 1.0]))
+
+
+def test_a_horizon_counts_whole_segments(float64):
+    """A document of one token in its first segment: were that the horizon, the delta rule would explode."""
+    shape = {"B": 1, "T": 400, "H": 1, "G": 1, "K": 4, "U": 2}
+    documents_BT, segment = np.array([[1] * 15 + [2] * 385], np.int32), 16
+    positions_BT = np.array([[*range(15), *range(385)]], np.int32)
+    recalled, _ = remember(example(0, shape), documents_BT, nothing(shape=shape), positions_BT, horizon=1, segment=segment)
+    assert np.abs(recalled).max() < 10
+
+
+def test_a_horizon_for_each_row(float64):
+    """int32 [B], as training draws them."""
+    both = remember(example(), DOCUMENTS_BT, nothing(), POSITIONS_BT, horizon=None)[0]
+    horizon_B = jnp.array([1, 100], jnp.int32)
+    mixed, _ = plainly_remember(example(), DOCUMENTS_BT, nothing(), POSITIONS_BT, horizon=horizon_B)
+    short = remember(example(), DOCUMENTS_BT, nothing(), POSITIONS_BT, horizon=1)[0]
+    assert_close(mixed, jnp.stack([short[0], both[1]]))
+    assert jnp.max(jnp.abs(short[0] - both[0])) > 1e-3
 
 
 def test_bfloat16_tokens_are_summed_in_float32():

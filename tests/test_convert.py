@@ -288,13 +288,16 @@ def test_a_transformer_gets_a_memory(run, tmp_path, capsys):
         base, infini = load_model(run, mesh).model, load_model(target, mesh).model
         tokens_BT = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, 20), np.int32)
 
-        @functools.partial(jax.jit, static_argnums=1)
-        def logits(model, config):
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def logits(model, config, capacity=20):
             model = jax.tree.unflatten(jax.tree.structure(models.abstract(config)), jax.tree.leaves(model))
-            return model(tokens_BT, model.init_state(2, capacity=20))[0]
+            return model(tokens_BT[:, :capacity], model.init_state(2, capacity=8))[0]
 
-        whole_BTV, found_BTV = logits(base, base.config), logits(infini, infini.config)
-        np.testing.assert_allclose(found_BTV[:, :8], whole_BTV[:, :8], atol=1e-5)
+        # Rotary factors are those of a segment's length, not those of the 20 tokens.
+        whole_BTV, found_BTV = logits(base, base.config, 8), logits(infini, infini.config)
+        np.testing.assert_allclose(found_BTV[:, :8], whole_BTV, atol=1e-5)
+        np.testing.assert_allclose(logits(infini, dataclasses.replace(infini.config, gate="closed"))[:, :8], whole_BTV, atol=1e-5)
+        whole_BTV = logits(base, dataclasses.replace(base.config, attention="window", window=20))
         assert np.abs(found_BTV[:, 8:] - whole_BTV[:, 8:]).max() > 1e-3
         alone = dataclasses.replace(base.config, attention="block_window", block=8, memory_blocks=0)
         closed = dataclasses.replace(infini.config, gate="closed")
@@ -302,3 +305,57 @@ def test_a_transformer_gets_a_memory(run, tmp_path, capsys):
     assert set(np.asarray(infini.blocks.attention.gate[...]).ravel()) == {-3.0}
     assert "its model is of kind Infini" in fails(capsys, "convert", target, tmp_path / "twice", "--to", "infini")
     assert "--segment is 8" in fails(capsys, "convert", run, tmp_path / "other", "--to", "run", "--segment", "8")
+    assert "model.segment is 0" in fails(capsys, "convert", run, tmp_path / "other", "--to", "infini", "--segment", "0")
+    assert not (tmp_path / "other").exists()
+
+
+GROWING = """
+import dataclasses
+import pathlib
+
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.experiment import Experiment
+from infinicontext.models import AdaptedConfig, InfiniConfig
+from infinicontext.nn.lora import Lora
+from infinicontext.training.optimizer import OptimizerConfig
+from infinicontext.training.run_folder import load_config
+
+MODEL = load_config(pathlib.Path({run!r})).model
+INFINI = InfiniConfig.of(MODEL, segment=8, update="linear", empty_memory="bypass")
+
+def experiment(model, start_from, **options):
+    data = CorpusData({folder!r}, {run!r} + "/huggingface", length=16, validation_fraction=0.5)
+    return Experiment("t", model, data, start_from=start_from, steps=1, batch_size=8, validation_batches=1, **options)
+
+def window():
+    return experiment(dataclasses.replace(MODEL, attention="window", window=4), {run!r})
+
+def adapted():
+    return experiment(AdaptedConfig(MODEL, Lora(rank=2, parameters=("q",))), {run!r}, optimizer=OptimizerConfig(train=("lora",)))
+
+def refused():
+    return experiment(INFINI, {here!r} + "/window")
+
+def remembering():
+    return experiment(INFINI, {here!r} + "/memory")
+"""
+
+
+def test_a_memory_for_windows_and_adapters(run, tmp_path, capsys):
+    """A window shorter than a segment is refused; LoRA's adapters are merged, and what was to be trained is forgotten; training starts."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(f"{WORDS} {i} {WORDS}")
+    (tmp_path / "many.py").write_text(GROWING.format(run=str(run), folder=str(folder), here=str(tmp_path)))
+    many = str(tmp_path / "many.py")
+    for name in ("window", "adapted"):
+        main(["train", f"{many}:{name}", "--workdir", str(tmp_path / name)])
+    capsys.readouterr()
+    refused = fails(capsys, "convert", tmp_path / "window", tmp_path / "other", "--to", "infini", "--segment", "8")
+    assert "its tokens see the last 4; with Infini-attention, segments must be no longer, not 8" in refused
+    assert "its tokens see the last 4" in fails(capsys, "train", f"{many}:refused", "--workdir", tmp_path / "other")
+    main(["convert", str(tmp_path / "adapted"), str(tmp_path / "memory"), "--to", "infini", "--segment", "8"])
+    assert load_config(tmp_path / "memory").model.update == "linear"
+    main(["info", str(tmp_path / "memory")])
+    main(["train", f"{many}:remembering", "--workdir", str(tmp_path / "remembering")])

@@ -34,9 +34,12 @@ def prompts_of(*lengths, vocab=17):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_two_hundred_tokens_equal_full_recomputation(name):
-    """Every registered model: each of 200 greedy tokens is what one pass over all that precedes it says."""
-    model = build(EXAMPLES[name])
+def test_two_hundred_tokens_equal_full_recomputation(name, float64):
+    """Every registered model: each of 200 greedy tokens is what one pass over all that precedes it says.
+
+    In float64: a recurrence with weights as wild as `build`'s makes another text of a difference of rounding.
+    """
+    model = build(dataclasses.replace(EXAMPLES[name], dtype="float64"))
     (prompt,) = prompts_of(9, vocab=model.config.vocab_size)
     options = Generation(max_new_tokens=200, segment=4)
     new = generate(model, [prompt], options)[0].tokens

@@ -129,6 +129,24 @@ def test_passkey_answers_and_depths():
     assert max(depths) > 0.7
 
 
+def test_passkey_jitter_moves_the_question():
+    data = PasskeyData(lengths=(400,), jitter=30)
+    tokenizer, lengths = load_tokenizer("passkey"), set()
+    for batch in take(8, data):
+        for row in range(8):
+            tokens, masks = batch["tokens"][row], [batch[name][row] for name in ("loss_mask", "answer_mask")]
+            length = int(batch["segment_ids"][row].sum())
+            lengths.add(length)
+            np.testing.assert_array_equal(batch["segment_ids"][row], np.arange(401) < length)
+            np.testing.assert_array_equal(masks[0], np.arange(1, 401) < length)
+            assert (
+                tokenizer.decode(tokens[1:][masks[1] == 1]) == re.search(r"the pass key is (\d+)\. remember", tokenizer.decode(tokens))[1]
+            )
+    assert min(lengths) >= 371
+    assert max(lengths) <= 401
+    assert len(lengths) > 15
+
+
 def test_passkey_curriculum_keeps_tokens_per_batch():
     data = PasskeyData(lengths=(150, 300, 1200), stage_steps=(2, 3))
     shapes = [batch["tokens"].shape for batch in take(7, data, 12, divisor=2)]
@@ -176,6 +194,7 @@ def test_short_validation_split_ends_in_padding_rows(source):
         (PasskeyData, {"lengths": (200, 300), "stage_steps": (0,)}, r"data\.stage_steps is \(0,\)"),
         (PasskeyData, {"digits": 0}, r"data\.digits is 0"),
         (PasskeyData, {"digits": 19}, r"data\.digits is 19"),
+        (PasskeyData, {"jitter": -1}, r"data\.jitter is -1"),
     ],
 )
 def test_config_errors(config, values, field):
@@ -198,7 +217,7 @@ def test_errors_before_the_first_batch(source, tmp_path):
             batches(CorpusData(source, tokenizer="none"))
         with pytest.raises(UserError, match=r"data\.source"):
             batches(CorpusData(str(tmp_path / "none")))
-        with pytest.raises(UserError, match=r"data\.lengths holds 60, for samples of 61 tokens: .* at least"):
+        with pytest.raises(UserError, match=r"data\.lengths holds 60 and data\.jitter is 0, for samples of 61 tokens: .* at least"):
             batches(PasskeyData(lengths=(256, 60), stage_steps=(2,)))
     with pytest.raises(UserError, match="no document in its validation split"):
         validation_batches(CorpusData(source, validation_fraction=1e-9), 8, 1, 0)

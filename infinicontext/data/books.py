@@ -124,7 +124,7 @@ def encoded_books(data: BookData, tokenizer: Tokenizer, split: Split) -> Iterato
     """
     first, last = start_and_end(data, tokenizer)
     for book in books(data.source):
-        if split_of(book.text + book.summary, data.validation_fraction) == split:
+        if split_of(book.text, data.validation_fraction) == split:
             said = (("user", f"{BOOK}\n\n{data.question}"), ("assistant", book.summary))
             asked, answer, _ = pieces(said, TEMPLATES[data.template])
             before, _, after = asked.partition(BOOK)

@@ -217,7 +217,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f'data.source: "{path}", line {number} is not valid JSON: {error}') from error
 
 

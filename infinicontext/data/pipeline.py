@@ -70,14 +70,19 @@ class PasskeyData:
       lengths: T of each stage. A later stage has fewer rows per batch, so that tokens per batch stay about constant.
       stage_steps: steps spent at each length but the last, which has no end.
       digits: decimal digits of the key.
+      jitter: samples are shorter than their rows by a random number of tokens up to this, so that keys and questions come to stand anywhere
+        in a model's segments.
     """
 
     tokenizer: str = "passkey"
     lengths: tuple[int, ...] = (256,)
     stage_steps: tuple[int, ...] = ()
     digits: int = 5
+    jitter: int = 0
 
     def __post_init__(self):
+        if self.jitter < 0:
+            raise UserError(f"data.jitter is {self.jitter}; it must be 0 or more")
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"data.lengths is {self.lengths}; it must be one or more lengths of at least 1")
         if len(self.stage_steps) != len(self.lengths) - 1 or min(self.stage_steps, default=1) < 1:
@@ -243,9 +248,11 @@ def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:
     """Fails before the first step rather than at the stage whose length is too small."""
     for length in data.lengths:
         try:
-            passkey_sample(tokenizer, length + 1, 0.5, np.random.default_rng(0), data.digits)
+            passkey_sample(tokenizer, length + 1 - data.jitter, 0.5, np.random.default_rng(0), data.digits)
         except UserError as error:
-            raise UserError(f"data.lengths holds {length}, for samples of {length + 1} tokens: {error}") from error
+            raise UserError(
+                f"data.lengths holds {length} and data.jitter is {data.jitter}, for samples of {length + 1 - data.jitter} tokens: {error}"
+            ) from error
 
 
 def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: range, key: tuple[int, ...]) -> Batch:
@@ -253,12 +260,14 @@ def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: ra
 
     def one(row: int) -> Batch:
         rng = np.random.default_rng((*key, row))
-        tokens_S, answer_start = passkey_sample(tokenizer, length + 1, rng.random(), rng, data.digits)
+        padding = int(rng.integers(data.jitter + 1)) if data.jitter else 0
+        tokens_S, answer_start = passkey_sample(tokenizer, length + 1 - padding, rng.random(), rng, data.digits)
+        counts_S = np.pad(np.ones_like(tokens_S), (0, padding))
         return {
-            "tokens": tokens_S,
-            "segment_ids": np.ones_like(tokens_S),
-            "loss_mask": np.ones(length, np.float32),
-            "answer_mask": (np.arange(1, length + 1) >= answer_start).astype(np.float32),
+            "tokens": np.pad(tokens_S, (0, padding)),
+            "segment_ids": counts_S,
+            "loss_mask": counts_S[1:].astype(np.float32),
+            "answer_mask": (counts_S[1:] * (np.arange(1, length + 1) >= answer_start)).astype(np.float32),
         }
 
     return _stack(one(row) for row in rows)

@@ -7,6 +7,7 @@ call touches, C tokens per segment, S cache slots, M slots written by a call, V 
 Nothing is added to the Transformer but a memory and a gate for each head (models/infini_attention.py).
 """
 
+import math
 from typing import NamedTuple
 
 import chex
@@ -116,7 +117,7 @@ class Infini(nnx.Module):
           batch_size: rows, B.
           capacity: tokens that will be read in all, for `planned`; the state does not grow.
           planned: tokens that each row will have read in the end, a number or int32 [B], which decides the table of `dynamic` and
-            `longrope` (nn/rope.py). None: the capacity or, without that, what the config plans for.
+            `longrope` (nn/rope.py), but no more than attention spans. None: the capacity or, without that, what the config plans for.
         """
         config = self.config
         L, G, K = config.layers, config.kv_head_count, config.head_size
@@ -139,13 +140,16 @@ class Infini(nnx.Module):
         gate_LH = self.blocks.attention.gate[...]
         return jnp.zeros_like(gate_LH) if self.config.gate == "closed" else jax.nn.sigmoid(gate_LH)
 
-    def hidden(self, tokens_BT: jax.Array, state: InfiniState, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, InfiniState]:
+    def hidden(
+        self, tokens_BT: jax.Array, state: InfiniState, segment_ids_BT: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, InfiniState]:
         """Reads T tokens from wherever the stream stands.
 
         Args:
           tokens_BT: int32.
           state: what was read before.
           segment_ids_BT: int32, see nn/cursor.py; None continues the current document.
+          dropout_key: draws the rows' horizons where the config has training_horizons; None: normalizer_horizon holds.
 
         Returns:
           hidden_BTD in the compute dtype, normalised for the head, and the state after the last token.
@@ -155,11 +159,16 @@ class Infini(nnx.Module):
         config, (B, T) = self.config, tokens_BT.shape
         if T == 0:
             return jnp.zeros((B, T, config.dim), config.dtype), state
+        horizon_B = None
+        if dropout_key is not None and config.training_horizons is not None:
+            # As many short ones as long ones: uniform in the logarithm.
+            low, high = (math.log(horizon) for horizon in (config.training_horizons[0], config.training_horizons[1] + 1))
+            horizon_B = jnp.exp(jax.random.uniform(dropout_key, (B,), minval=low, maxval=high)).astype(jnp.int32)
         if T == 1 or config.schedule == "layers":
-            return self._read(tokens_BT, state, segment_ids_BT, within=T == 1)
-        return self._read_segment_by_segment(tokens_BT, state, segment_ids_BT)
+            return self._read(tokens_BT, state, segment_ids_BT, horizon_B, within=T == 1)
+        return self._read_segment_by_segment(tokens_BT, state, segment_ids_BT, horizon_B)
 
-    def _read_segment_by_segment(self, tokens_BT, state: InfiniState, segment_ids_BT) -> tuple[jax.Array, InfiniState]:
+    def _read_segment_by_segment(self, tokens_BT, state: InfiniState, segment_ids_BT, horizon_B) -> tuple[jax.Array, InfiniState]:
         """`hidden` with all layers of a segment before the next."""
         (B, T), C = tokens_BT.shape, self.config.segment
         if segment_ids_BT is None:
@@ -173,7 +182,7 @@ class Infini(nnx.Module):
 
         @jax.checkpoint
         def read(state, piece):
-            hidden_BCD, state = self._read(piece[0], state, piece[1], within=True)
+            hidden_BCD, state = self._read(piece[0], state, piece[1], horizon_B, within=True)
             return state, hidden_BCD
 
         state, hidden_NBCD = jax.lax.scan(read, state, pieces)
@@ -181,11 +190,11 @@ class Infini(nnx.Module):
         hidden_NBCD = hidden_NBCD.at[0].set(jnp.take_along_axis(hidden_NBCD[0], back_BC1, axis=1))
         return attention.unlay(hidden_NBCD, held_B, T), state
 
-    def _read(self, tokens_BT, state: InfiniState, segment_ids_BT, *, within: bool) -> tuple[jax.Array, InfiniState]:
+    def _read(self, tokens_BT, state: InfiniState, segment_ids_BT, horizon_B, *, within: bool) -> tuple[jax.Array, InfiniState]:
         """`hidden`, layer by layer."""
         config = self.config
         place, next_cursor = cursor.advance(state.cursor, tokens_BT.shape[1], segment_ids_BT)
-        call, slot_BM, slots, owner = begin_call(config, state.cursor, place, state.slots, state.owner, within=within)
+        call, slot_BM, slots, owner = begin_call(config, state.cursor, place, state.slots, state.owner, within=within, horizon_B=horizon_B)
 
         def layer(x_BTD, block_and_state):
             block, cache, memory = block_and_state

@@ -8,7 +8,8 @@ memory (nn/compressive_memory.py) recalls for the query without its position.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,12 @@ class InfiniConfig:
     update: Literal["linear", "delta"] = "delta"
     empty_memory: Literal["literal", "bypass"] = "literal"  # bypass: the gate is 0 for tokens with nothing to read
     memory_epsilon: float = 1e-6  # least denominator of what is read
-    normalizer_horizon: int | None = None  # segments of a document after which the memory's normalizer stands still; None: never
+    normalizer_horizon: int | None = None  # whole segments of a document after which its normalizer stands still (delta rule); None: never
+    training_horizons: tuple[int, int] | None = None  # in training each row has a horizon of its own, drawn from the first to the second
     gate: Literal["learned", "closed"] = "learned"  # closed: 0 for all heads, the control without memory
     gate_init: float = 0.0  # logit
     detach_every: int = 0  # gradients do not flow back through the memory beyond every so many segments; 0: they do
-    schedule: Literal["layers", "segments"] = "layers"  # segments: all layers of a segment before the next, in constant memory
+    schedule: Literal["layers", "segments"] = "layers"  # segments: all layers of a segment before the next; reads in constant memory
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
     attention_bias: bool = False  # biases of the q, k and v projections (Qwen2)
@@ -55,14 +57,25 @@ class InfiniConfig:
     remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
 
     def __post_init__(self):
+        for name in ("update", "empty_memory", "gate", "schedule", "dtype"):
+            allowed = get_args(get_type_hints(InfiniConfig)[name])
+            if getattr(self, name) not in allowed:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
         for name in ("vocab_size", "dim", "layers", "heads", "segment"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("kv_heads", "head_dim", "feed_forward", "normalizer_horizon"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.memory_epsilon <= 0:
-            raise UserError(f"model.memory_epsilon is {self.memory_epsilon}; it must be greater than 0")
+        # The gradient of a quotient has the square of what it is divided by, which must not be 0 in float32.
+        if not 1e-12 <= self.memory_epsilon < math.inf:
+            raise UserError(f"model.memory_epsilon is {self.memory_epsilon}; it must be a number of 1e-12 or more")
+        if not 0 < self.norm_epsilon < math.inf:
+            raise UserError(f"model.norm_epsilon is {self.norm_epsilon}; it must be a number greater than 0")
+        if not abs(self.gate_init) <= 10:
+            raise UserError(f"model.gate_init is {self.gate_init}; it must be from -10 to 10, because beyond a gate hardly moves")
+        if self.training_horizons is not None and not 1 <= self.training_horizons[0] <= self.training_horizons[1]:
+            raise UserError(f"model.training_horizons is {self.training_horizons}; it must be two numbers, 1 or more, the smaller first")
         if self.detach_every < 0:
             raise UserError(f"model.detach_every is {self.detach_every}; it must be 0 or more")
         if self.head_dim is None and self.dim % self.heads:
@@ -104,6 +117,11 @@ class InfiniConfig:
     def span(self) -> int:
         """S."""
         return self.segment * (1 + self.previous_segment)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.training_horizons is not None
 
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token's forward pass, averaged over a sequence of `length`; multiply and add count as two."""
@@ -174,13 +192,15 @@ def begin_call(
     owner: Owner,
     *,
     within: bool,
+    horizon_B: jax.Array | None = None,
 ) -> tuple[Call, jax.Array, Slots, Owner]:
     """What the layers need to know -> that, the slots that the M tokens are written to [B, M], what slots hold then, and the owner then."""
     (B, T), S = place.index_BT.shape, config.span
     shards = 1 if within else context.shard_count(T)
     held_B = None if cursor.at_start(before) else before.count_B % config.segment
     where = (place, owner, before.document_B, config.segment)
-    options = {"normalizer_horizon": config.normalizer_horizon, "detach_every": config.detach_every}
+    horizon = config.normalizer_horizon if horizon_B is None else horizon_B
+    options = {"normalizer_horizon": horizon, "detach_every": config.detach_every}
     if shards == 1:
         memory_segments, owner = segments(*where, within=within, fresh=held_B is None, **options)
     else:
@@ -196,13 +216,15 @@ def begin_call(
         attention.write(slots.position_BS, stays(place.index_BT), slot_BM),
         attention.write(slots.document_BS, stays(place.document_BT), slot_BM),
     )
+    # Attention reaches no further than the span, however long the stream will be, so its table is the one for that.
+    planned_B = jnp.minimum(before.planned_B, S)
     turn = lambda position_BT, planned_B: rotation(config.rope, config.head_size, position_BT, planned_B, at_least_float32(config.dtype))
     if within or shards > 1:
-        turns = turn(place.position_BT, before.planned_B)
+        turns = turn(place.position_BT, planned_B)
     else:
         position_NBC = attention.lay(place.position_BT, held_B, config.segment)
-        turns = turn(position_NBC.reshape(-1, config.segment), jnp.tile(before.planned_B, len(position_NBC)))
-    stays_turns = turn(stays(place.position_BT), before.planned_B)
+        turns = turn(position_NBC.reshape(-1, config.segment), jnp.tile(planned_B, len(position_NBC)))
+    stays_turns = turn(stays(place.position_BT), planned_B)
     return Call(numbers, held_B, slots, memory_segments, turns, stays_BM, stays_turns), slot_BM, after, owner
 
 

@@ -17,7 +17,7 @@ from infinicontext.objectives.next_token import counted
 from infinicontext.training.loop import check, enable_compilation_cache
 from infinicontext.training.run_folder import write_json
 from infinicontext.training.step import make_steps
-from infinicontext.training.weights import restore
+from infinicontext.training.weights import merged, restore
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
@@ -37,7 +37,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
         losses = [float(steps.validation_loss(model, batch)) for batch in batches]
         result = evaluate(
-            model,
+            merged(model),
             experiment.evaluation,
             experiment.data,
             validation=batches,

@@ -74,7 +74,7 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
         if type(experiment.model) in models.CLASSIFIERS:
             raise UserError(f"{folder} holds a classifier, which reads no text; infinicontext eval says how often it is right")
         config = experiment.model if dtype is None else _with_dtype(experiment.model, dtype)
-        model = _merged(restore(folder, config, mesh, step)[1])
+        model = merged(restore(folder, config, mesh, step)[1])
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
         tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
         if isinstance(experiment.data, InstructionData | BookData):
@@ -102,7 +102,7 @@ def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     return dataclasses.replace(config, dtype=dtype)
 
 
-def _merged(model: Model) -> Model:
+def merged(model: Model) -> Model:
     """With LoRA's adapters in the weights, where there are any."""
     return jax.jit(lambda model: model.merged())(model) if isinstance(model, models.Adapted) else model
 
@@ -167,9 +167,11 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: 
         if isinstance(config, models.AdaptedConfig):
             return _grown(config, starting_model(folder, config.model, mesh), mesh, seed)
         if isinstance(config, models.InfiniConfig):
+            if not is_official(folder):
+                _check_window(folder, stored or pretrained.read_config(folder), config.segment)
             return _grown(config, starting_model(folder, config.transformer, mesh), mesh, seed)
         if isinstance(stored, models.AdaptedConfig):
-            return _merged(restore(folder, dataclasses.replace(stored, model=config), mesh)[1])
+            return merged(restore(folder, dataclasses.replace(stored, model=config), mesh)[1])
     if is_run(folder):
         return restore(folder, config, mesh)[1]
     if not isinstance(config, models.TransformerConfig):
@@ -190,6 +192,16 @@ def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int) -> Model:
         return jax.tree_util.tree_map_with_path(lambda path, drawn: own.get(path, drawn), whole, is_leaf=is_parameter)
 
     return jax.jit(grow, out_shardings=sharding.shardings(models.abstract(config), mesh), donate_argnums=0)(model)
+
+
+def _check_window(source: pathlib.Path, config: ModelConfig, segment: int) -> None:
+    """Raises UserError if a Transformer sees less than a segment, where with Infini-attention it would see all of it."""
+    config = config.model if isinstance(config, models.AdaptedConfig) else config
+    if getattr(config, "attention", "full") == "full":
+        return
+    sees = config.window if config.attention == "window" else config.block
+    if segment > sees:
+        raise UserError(f"{source}: its tokens see the last {sees}; with Infini-attention, segments must be no longer, not {segment}")
 
 
 def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
@@ -222,10 +234,10 @@ def to_run(
     """Makes a run folder with nothing but parameters: of a pretrained folder, at step 0 (`rope` as in `load_model`), or of a run.
 
     With `segment` the model, which must be a Transformer, gets Infini-attention in segments of so many tokens. It reads as before within a
-    segment; gates begin at -3.
+    segment; gates begin at -3, and the linear rule is written by.
 
     Raises:
-      UserError: the source cannot be read or is no Transformer, or the target is not new.
+      UserError: the source cannot be read, is no Transformer or one with a window shorter than a segment, or the target is not new.
     """
     with new_folder(target) as folder:
         if is_run(source):
@@ -235,11 +247,14 @@ def to_run(
             step, model = 0, _load_pretrained(source, mesh, rope=rope)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
         if segment is not None:
-            model, step = _merged(model), 0
+            model, step = merged(model), 0
             if not isinstance(model.config, models.TransformerConfig):
                 raise UserError(f"{source}: its model is of kind {type(model).__name__}; a memory can be given to a Transformer")
-            config = models.InfiniConfig.of(model.config, segment=segment, empty_memory="bypass", gate_init=-3.0)
-            model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config)
+            _check_window(source, model.config, segment)
+            config = models.InfiniConfig.of(model.config, segment=segment, update="linear", empty_memory="bypass", gate_init=-3.0)
+            # What was trained before need not be a part of this model.
+            optimizer = dataclasses.replace(experiment.optimizer, train=(), groups=())
+            model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config, optimizer=optimizer)
         keep_files(source, folder)
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.save(step, model)
@@ -266,7 +281,7 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, dt
     # The files it came with, unless it was trained with another tokenizer since.
     like = _kept(source, experiment) or (source / KEPT if _own_tokenizer(experiment) is None else None)
     with new_folder(target) as folder:
-        model = _merged(restore(source, experiment.model, mesh, step)[1])
+        model = merged(restore(source, experiment.model, mesh, step)[1])
         pretrained.save(model, folder, like=like, length=experiment.train_length, dtype=dtype)
         named = pathlib.Path(getattr(experiment.data, "tokenizer", ""))
         if like is None and named.is_dir():
@@ -281,7 +296,7 @@ def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step
     Raises:
       UserError: the run has another architecture, cannot be read, or the target is not new.
     """
-    pretrained.megalodon.save(_merged(restore(source, load_config(source).model, mesh, step)[1]), target, shards)
+    pretrained.megalodon.save(merged(restore(source, load_config(source).model, mesh, step)[1]), target, shards)
 
 
 def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
