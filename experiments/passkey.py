@@ -107,16 +107,16 @@ def infini() -> Experiment:
     """Infini-attention by the delta rule, trained on up to 4,096 tokens; each row's normalizer stands still after a random time."""
     return Experiment(
         name="infini",
-        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(4, 128), remat=False),
-        data=PasskeyData(lengths=(192, 256, 512, 1024, 2048, 4096), stage_steps=(550, 50, 70, 80, 100), jitter=64),
+        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(1, 128), remat=False),
+        data=PasskeyData(lengths=(256, 1024, 4096), stage_steps=(500, 300), shortest=80, depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(1024, 4096, 16384, 65536), passkey=PasskeyEvaluation(samples=20)),
-        steps=1450,
-        batch_size=43,
+        steps=2400,
+        batch_size=48,
         log_every=20,
-        validation_every=50,
-        checkpoint_every=100,
+        validation_every=100,
+        checkpoint_every=200,
     )
 
 

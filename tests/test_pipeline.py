@@ -129,22 +129,28 @@ def test_passkey_answers_and_depths():
     assert max(depths) > 0.7
 
 
-def test_passkey_jitter_moves_the_question():
-    data = PasskeyData(lengths=(400,), jitter=30)
-    tokenizer, lengths = load_tokenizer("passkey"), set()
+def test_passkey_samples_of_random_lengths_share_rows():
+    data = PasskeyData(lengths=(400,), shortest=70, depths=(-0.5, 1.5))
+    tokenizer, sizes, ends = load_tokenizer("passkey"), [], 0
+    filler = "the grass is green"
     for batch in take(8, data):
         for row in range(8):
-            tokens, masks = batch["tokens"][row], [batch[name][row] for name in ("loss_mask", "answer_mask")]
-            length = int(batch["segment_ids"][row].sum())
-            lengths.add(length)
-            np.testing.assert_array_equal(batch["segment_ids"][row], np.arange(401) < length)
-            np.testing.assert_array_equal(masks[0], np.arange(1, 401) < length)
-            assert (
-                tokenizer.decode(tokens[1:][masks[1] == 1]) == re.search(r"the pass key is (\d+)\. remember", tokenizer.decode(tokens))[1]
-            )
-    assert min(lengths) >= 371
-    assert max(lengths) <= 401
-    assert len(lengths) > 15
+            tokens, segments = batch["tokens"][row], batch["segment_ids"][row]
+            samples = [segments == segment for segment in range(1, segments.max() + 1)]
+            sizes.append([int(sample.sum()) for sample in samples])
+            assert 401 - sum(sizes[-1]) < 70, "room for one more"
+            np.testing.assert_array_equal(segments, np.repeat([*range(1, len(samples) + 1), 0], [*sizes[-1], 401 - sum(sizes[-1])]))
+            np.testing.assert_array_equal(batch["loss_mask"][row], (segments[1:] == segments[:-1]) & (segments[1:] > 0))
+            for sample in samples:
+                text = tokenizer.decode(tokens[sample])
+                key = re.search(r"the pass key is (\d+)\. remember", text)
+                assert tokenizer.decode(tokens[1:][sample[1:] & (batch["answer_mask"][row] == 1)]) == key[1]
+                ends += filler not in text[: key.start()] or filler not in text[key.end() :]
+    flat = [size for row in sizes for size in row]
+    assert min(flat) in range(70, 80)
+    assert max(flat) in range(390, 402)
+    assert any(row != sorted(row, reverse=True) for row in sizes)
+    assert 0.5 < ends / len(flat) < 0.9
 
 
 def test_passkey_curriculum_keeps_tokens_per_batch():
@@ -194,7 +200,9 @@ def test_short_validation_split_ends_in_padding_rows(source):
         (PasskeyData, {"lengths": (200, 300), "stage_steps": (0,)}, r"data\.stage_steps is \(0,\)"),
         (PasskeyData, {"digits": 0}, r"data\.digits is 0"),
         (PasskeyData, {"digits": 19}, r"data\.digits is 19"),
-        (PasskeyData, {"jitter": -1}, r"data\.jitter is -1"),
+        (PasskeyData, {"shortest": 0}, r"data\.shortest is 0; it must be from 1 to 257"),
+        (PasskeyData, {"shortest": 300}, r"data\.shortest is 300"),
+        (PasskeyData, {"depths": (0.5, 0.0)}, r"data\.depths is \(0\.5, 0\.0\)"),
     ],
 )
 def test_config_errors(config, values, field):
@@ -217,8 +225,10 @@ def test_errors_before_the_first_batch(source, tmp_path):
             batches(CorpusData(source, tokenizer="none"))
         with pytest.raises(UserError, match=r"data\.source"):
             batches(CorpusData(str(tmp_path / "none")))
-        with pytest.raises(UserError, match=r"data\.lengths holds 60 and data\.jitter is 0, for samples of 61 tokens: .* at least"):
+        with pytest.raises(UserError, match=r"data\.lengths is \(256, 60\), for samples of 61 tokens: .* at least"):
             batches(PasskeyData(lengths=(256, 60), stage_steps=(2,)))
+        with pytest.raises(UserError, match=r"data\.shortest is 50, for samples of 50 tokens: .* at least"):
+            batches(PasskeyData(shortest=50))
     with pytest.raises(UserError, match="no document in its validation split"):
         validation_batches(CorpusData(source, validation_fraction=1e-9), 8, 1, 0)
     with pytest.raises(UserError, match="validation_fraction is 0"):

@@ -63,32 +63,39 @@ class CorpusData:
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyData:
-    """The passkey task with keys at uniformly random depths, on a curriculum of lengths.
+    """The passkey task with keys at random depths, on a curriculum of lengths.
 
     Attributes:
       tokenizer: see `tokenizers.load_tokenizer`.
       lengths: T of each stage. A later stage has fewer rows per batch, so that tokens per batch stay about constant.
       stage_steps: steps spent at each length but the last, which has no end.
       digits: decimal digits of the key.
-      jitter: samples are shorter than their rows by a random number of tokens up to this, so that keys and questions come to stand anywhere
-        in a model's segments.
+      shortest: None: one sample fills a row. A number of tokens: a row holds samples of random lengths, the first drawn uniformly from this
+        to T + 1, the next from this to what is left, and so on, so that keys and questions stand anywhere, near and far from each other.
+      depths: of the keys, drawn uniformly between these two. What is drawn below 0 or above 1 becomes an end, where long samples seldom
+        have their keys otherwise: (-0.1, 1.1) puts a sixth of the keys there, and (0, 0) all of them before any filler.
     """
 
     tokenizer: str = "passkey"
     lengths: tuple[int, ...] = (256,)
     stage_steps: tuple[int, ...] = ()
     digits: int = 5
-    jitter: int = 0
+    shortest: int | None = None
+    depths: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        if self.jitter < 0:
-            raise UserError(f"data.jitter is {self.jitter}; it must be 0 or more")
+        if not -1 <= self.depths[0] <= self.depths[1] <= 2:
+            raise UserError(f"data.depths is {self.depths}; it must be two numbers from -1 to 2, the smaller first")
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"data.lengths is {self.lengths}; it must be one or more lengths of at least 1")
         if len(self.stage_steps) != len(self.lengths) - 1 or min(self.stage_steps, default=1) < 1:
             raise UserError(
                 f"data.stage_steps is {self.stage_steps}; for data.lengths {self.lengths} it must be "
                 f"{len(self.lengths) - 1} numbers of steps, each 1 or more"
+            )
+        if self.shortest is not None and not 1 <= self.shortest <= min(self.lengths) + 1:
+            raise UserError(
+                f"data.shortest is {self.shortest}; it must be from 1 to {min(self.lengths) + 1}, what a row of the first length holds"
             )
         if not 1 <= self.digits <= 18:
             raise UserError(f"data.digits is {self.digits}; it must be from 1 to 18")
@@ -246,31 +253,47 @@ def _packed(
 
 def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:
     """Fails before the first step rather than at the stage whose length is too small."""
-    for length in data.lengths:
-        try:
-            passkey_sample(tokenizer, length + 1 - data.jitter, 0.5, np.random.default_rng(0), data.digits)
-        except UserError as error:
-            raise UserError(
-                f"data.lengths holds {length} and data.jitter is {data.jitter}, for samples of {length + 1 - data.jitter} tokens: {error}"
-            ) from error
+    name, length = ("lengths", min(data.lengths) + 1) if data.shortest is None else ("shortest", data.shortest)
+    try:
+        passkey_sample(tokenizer, length, 0.5, np.random.default_rng(0), data.digits)
+    except UserError as error:
+        raise UserError(f"data.{name} is {getattr(data, name)}, for samples of {length} tokens: {error}") from error
 
 
 def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: range, key: tuple[int, ...]) -> Batch:
-    """Passkey samples, each a function of (key, row) alone."""
+    """Rows of passkey samples, each a function of (key, row) alone."""
 
     def one(row: int) -> Batch:
         rng = np.random.default_rng((*key, row))
-        padding = int(rng.integers(data.jitter + 1)) if data.jitter else 0
-        tokens_S, answer_start = passkey_sample(tokenizer, length + 1 - padding, rng.random(), rng, data.digits)
-        counts_S = np.pad(np.ones_like(tokens_S), (0, padding))
+        tokens_S, segment_S = np.zeros((2, length + 1), np.int32)
+        answers_S = np.zeros(length + 1, bool)
+        end = 0
+        for segment, size in enumerate(_sample_sizes(data, length + 1, rng), start=1):
+            depth = float(np.clip(data.depths[0] + (data.depths[1] - data.depths[0]) * rng.random(), 0, 1))
+            place = slice(end, end := end + size)
+            tokens_S[place], answer_start = passkey_sample(tokenizer, size, depth, rng, data.digits)
+            segment_S[place] = segment
+            answers_S[place.start + answer_start : end] = True
+        loss_mask_T = (segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)
         return {
-            "tokens": np.pad(tokens_S, (0, padding)),
-            "segment_ids": counts_S,
-            "loss_mask": counts_S[1:].astype(np.float32),
-            "answer_mask": (counts_S[1:] * (np.arange(1, length + 1) >= answer_start)).astype(np.float32),
+            "tokens": tokens_S,
+            "segment_ids": segment_S,
+            "loss_mask": loss_mask_T.astype(np.float32),
+            "answer_mask": answers_S[1:].astype(np.float32),
         }
 
     return _stack(one(row) for row in rows)
+
+
+def _sample_sizes(data: PasskeyData, room: int, rng: np.random.Generator) -> list[int]:
+    """How many tokens each sample of a row takes, in an order without system."""
+    if data.shortest is None:
+        return [room]
+    sizes = []
+    while room >= data.shortest:
+        sizes.append(int(rng.integers(data.shortest, room + 1)))
+        room -= sizes[-1]
+    return rng.permutation(sizes).tolist()
 
 
 def _stack(rows: Iterable[Batch]) -> Batch:
