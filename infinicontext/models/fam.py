@@ -289,10 +289,8 @@ class Fam(nnx.Module):
         return self.logits(hidden_BTD), state
 
 
-def shifted(state: FamState, offset_B: jax.Array) -> FamState:
-    """A state of no token yet, from `init_state`, whose first document begins at these positions, int32, instead of 0 (appendix B.2.2).
-
-    With segment ids, the first document's must be 1.
-    """
+def shifted(state: FamState, offset_B: jax.Array, segment_B: jax.Array | int = 1) -> FamState:
+    """A state of no token yet, from `init_state`, whose first document, that with id `segment_B`, begins at these positions, int32,
+    instead of 0 (appendix B.2.2)."""
     ones_B = jnp.ones_like(offset_B)
-    return state._replace(cursor=state.cursor._replace(position_B=offset_B, document_B=ones_B, segment_B=ones_B))
+    return state._replace(cursor=state.cursor._replace(position_B=offset_B, document_B=ones_B, segment_B=ones_B * segment_B))

@@ -45,6 +45,7 @@ class FamConfig:
     fam_positions: Literal["last", "fractional", "zero"] = "last"  # those of the last tokens before the block, between it and them, or 0
     fam_query: Literal["copy", "static"] = "copy"  # static: query and residual of an update are the prompt's, not those of the FAM before
     fam_feed_forward: bool = True  # an update ends with the layer's feed-forward
+    random_offsets: bool = False  # in training half of the rows begin at a random position instead of 0
     stop_memory_gradient: bool = False  # no gradient flows to keys and values of earlier blocks
     detach_every: int = 0  # gradients do not flow back through FAM beyond every so many blocks; 0: they do
     schedule: Literal["layers", "blocks"] = "layers"  # blocks: all layers of a block before the next, in constant memory

@@ -4,7 +4,8 @@ Shape letters: B rows, T tokens read per row, L layers, F rows of FAM, D channel
 
 `rows` is for streams of long documents: row b of a batch goes on where row b of the last one ended. `fam` is TransformerFAM's random state
 passing (arXiv 2404.09173 v3, appendix B.2.3): with a probability, drawn once per step, all rows begin with the FAM that the first row ended
-with and with nothing else; so a model meets more updates of FAM than a row has.
+with and with nothing else; so a model meets more updates of FAM than a row has. Rows of a FAM model may also begin at random positions
+(appendix B.2.2), which its rotary attention does not see but for rounding.
 """
 
 from typing import Any
@@ -17,8 +18,17 @@ from jax.sharding import PartitionSpec as P
 from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
+from infinicontext.models import ModelConfig
+from infinicontext.models.fam import shifted
 from infinicontext.models.streaming import Model, State
 from infinicontext.nn.parameters import at_least_float32
+
+OFFSETS = 62_832  # random positions are below 2 pi times the rotary base
+
+
+def _inner(config: ModelConfig) -> ModelConfig:
+    """The model's own config, without adapters."""
+    return config.model if isinstance(config, models.AdaptedConfig) else config
 
 
 def nothing_yet(experiment: Experiment, model: Model) -> Any:
@@ -30,7 +40,7 @@ def nothing_yet(experiment: Experiment, model: Model) -> Any:
     if experiment.carry == "nothing":
         return None
     if experiment.carry == "fam":
-        config = getattr(experiment.model, "model", experiment.model)
+        config = _inner(experiment.model)
         return jnp.zeros((config.layers, config.fam_length, config.dim), at_least_float32(config.dtype))
     state = jax.tree.map(jnp.asarray, model.init_state(experiment.batch_size, experiment.train_length))
     if model.room(state) is not None:
@@ -38,21 +48,29 @@ def nothing_yet(experiment: Experiment, model: Model) -> Any:
     return state
 
 
-def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.Array, rows: int, length: int) -> State | None:
+def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.Array, segment_ids_BT: jax.Array) -> State | None:
     """The state that a step's rows begin with; None: an empty one.
 
     Args:
       experiment: what is carried, the probability and the seed.
       model: with the parameters before the step.
       carried: from the step before.
-      step: int32, steps done; decides the coin.
-      rows: B.
-      length: T.
+      step: int32, steps done; decides what is drawn.
+      segment_ids_BT: of the inputs, int32.
     """
-    if experiment.carry != "fam":
+    if experiment.carry == "rows":
         return carried
-    empty = model.init_state(rows, length)
-    coin = jax.random.fold_in(jax.random.key(experiment.seed), step)
+    offsets = getattr(_inner(experiment.model), "random_offsets", False)
+    if experiment.carry == "nothing" and not offsets:
+        return None
+    coin, half, offset = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), step), 3)
+    empty = model.init_state(*segment_ids_BT.shape)
+    if offsets:
+        B = len(segment_ids_BT)
+        offset_B = jnp.where(jax.random.bernoulli(half, 0.5, (B,)), jax.random.randint(offset, (B,), 0, OFFSETS), 0)
+        empty = shifted(empty, offset_B, segment_ids_BT[:, 0])
+    if experiment.carry == "nothing":
+        return empty
     passes = (step > 0) & jax.random.bernoulli(coin, experiment.carry_probability)
     whole = model.merged() if isinstance(model, models.Adapted) else model
     passed = whole.passed(empty, carried)

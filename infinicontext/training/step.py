@@ -67,8 +67,8 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
 
         @functools.partial(jax.value_and_grad, has_aux=True)
         def loss_and_gradient(trained, part, key):
-            model, (rows, length) = with_parameters(state.model, trained), part["weights"].shape
-            before = state_before(experiment, model, state.carried, state.step, rows, length)
+            model = with_parameters(state.model, trained)
+            before = state_before(experiment, model, state.carried, state.step, part["segment_ids"][:, :-1])
             loss, after = weighted_loss(experiment.objective, model, part, key, before)
             return loss, carried_after(experiment, after)
 
