@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from infinicontext.data.copying import check_copy
 from infinicontext.data.corpora import TEXTS_PER_CALL, Split, json_lines, local_files, split_of
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
@@ -75,6 +76,7 @@ class InstructionData:
       length: T. A conversation of more than T + 1 tokens is cut at its end, and left out if none of its answers remains; a line on stderr
         counts them.
       validation_fraction: share of conversations kept for validation, decided by the hash of their messages.
+      one_document, copy_tokens: as in `pipeline.CorpusData`; both together are how TransformerFAM was trained.
     """
 
     source: str = "examples"
@@ -82,8 +84,11 @@ class InstructionData:
     template: TemplateName = "plain"
     length: int = 512
     validation_fraction: float = 0.05
+    one_document: bool = False
+    copy_tokens: int = 0
 
     def __post_init__(self):
+        check_copy(self)
         if self.template not in get_args(TemplateName):
             raise UserError(f'data.template is "{self.template}"; it must be one of {", ".join(get_args(TemplateName))}')
         if self.length < 1:

@@ -9,6 +9,7 @@ Shape letters: B rows of a batch, T inputs of a row, S = T + 1 tokens of a row. 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -19,6 +20,7 @@ import grain
 import numpy as np
 
 from infinicontext.data.books import BookData, books, load_books
+from infinicontext.data.copying import PROMPT, as_one_document, check_copy, row_length, with_copy
 from infinicontext.data.corpora import Split, documents, load_corpus
 from infinicontext.data.images import ImageData, Images, class_names, load_images, stored_images
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
@@ -44,6 +46,8 @@ class CorpusData:
       order: "shuffled" draws packed rows at random, each once per epoch; "sequential" reads documents in corpus order, row b of a
         batch continuing row b of the batch before (for models that carry their state from step to step).
       validation_fraction: share of documents kept for validation, decided by the hash of their text.
+      one_document: the documents of a row see one another, as in TransformerFAM's training, and with order "sequential" those of all rows.
+      copy_tokens: the copy task of TransformerFAM's training (data/copying.py): so many tokens of each row are asked for again at its end.
     """
 
     source: str = "python"
@@ -51,12 +55,17 @@ class CorpusData:
     length: int = 512
     order: Order = "shuffled"
     validation_fraction: float = 0.05
+    one_document: bool = False
+    copy_tokens: int = 0
 
     def __post_init__(self):
         if self.length < 1:
             raise UserError(f"data.length is {self.length}; it must be 1 or more")
         if self.order not in get_args(Order):
             raise UserError(f'data.order is "{self.order}"; it must be one of {", ".join(get_args(Order))}')
+        check_copy(self)
+        if self.copy_tokens and self.order == "sequential":
+            raise UserError(f'data.copy_tokens is {self.copy_tokens}, for which data.order must be "shuffled": rows go on otherwise')
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must be above 0 and below 1")
 
@@ -201,13 +210,20 @@ def train_batches(
 
         def sequential_batch(step: int) -> Batch:
             rows = range(process_index, batch_size, process_count)
-            return _stack(packed[sequential_index(step, row, batch_size, len(packed))] for row in rows)
+            found = (packed[sequential_index(step, row, batch_size, len(packed))] for row in rows)
+            return _stack(map(as_one_document, found) if data.one_document else found)
 
         batches = grain.MapDataset.range(STEPS).map(sequential_batch)
     else:
-        packed = _packed(data, tokenizer, "train", seed)
+        copies = getattr(data, "copy_tokens", 0)
+        shorter = dataclasses.replace(data, length=row_length(data, tokenizer), copy_tokens=0) if copies else data
+        packed = _packed(shorter, tokenizer, "train", seed)
         # Not repeat() without a number: the length it claims overflows in batches of one row.
         rows = grain.MapDataset.source(packed).seed(seed).shuffle().repeat(-(-STEPS // len(packed)))
+        if getattr(data, "one_document", False):
+            rows = rows.map(as_one_document)
+        if copies:
+            rows = rows.random_map(functools.partial(with_copy, copy_tokens=copies, prompt=tokenizer.encode(PROMPT)))
         batches = rows[process_index::process_count].batch(batch_size // process_count)
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
     grain.experimental.set_next_index(iterator, step)
@@ -218,8 +234,8 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     """The same `count` global batches of `batch_size` rows whenever asked, from data that training never sees.
 
     A corpus, conversations, books and images give rows of their validation split, in an order drawn by `seed`; if there are too few, fewer
-    batches, the last filled up with rows of padding. The passkey task gives fresh samples of the last length, as many rows as training has
-    there.
+    batches, the last filled up with rows of padding, and without the copy task. The passkey task gives fresh samples of the last length, as
+    many rows as training has there.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -232,8 +248,10 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     packed = _packed(data, tokenizer, "validation", seed)
     padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
     count = min(count, -(-len(packed) // batch_size))
+    finish = as_one_document if getattr(data, "one_document", False) else lambda row: row
     return [
-        _stack(packed[row] if row < len(packed) else padding for row in range(i * batch_size, (i + 1) * batch_size)) for i in range(count)
+        _stack(finish(packed[row]) if row < len(packed) else padding for row in range(i * batch_size, (i + 1) * batch_size))
+        for i in range(count)
     ]
 
 
