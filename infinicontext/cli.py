@@ -6,6 +6,7 @@ A mistake of the user is one sentence on stderr and exit status 2; a run that a 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -150,8 +151,15 @@ def make_parser() -> Parser:
     command = add("convert", run_convert, text)
     command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
     command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
-    command.add_argument("--to", choices=("run", "huggingface", "megalodon", "infini"), help="default: run, and for a run huggingface")
+    command.add_argument(
+        "--to", choices=("run", "huggingface", "megalodon", "infini", "fam"), help="default: run, and for a run huggingface"
+    )
     command.add_argument("--segment", type=int, help="--to infini gives a Transformer a memory: tokens per segment; default: 2048")
+    command.add_argument("--block", type=int, help="--to fam gives a Transformer feedback memory: tokens per block; default: 1024")
+    command.add_argument("--memory-blocks", type=int, help="--to fam: earlier blocks that each token sees; default: 1")
+    command.add_argument("--fam-length", type=int, help="--to fam: rows of feedback memory, 0 for none; default: 64")
+    text = "--to fam: what the memory begins as, the embeddings of tokens drawn at random (default) or random numbers of their size"
+    command.add_argument("--prompt", choices=get_args(weights.Prompt), help=text)
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
     command.add_argument("--shards", type=int, metavar="N", help="--to megalodon: the model-parallel size; default: 1")
@@ -299,13 +307,14 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """infinicontext convert SRC DST [--to run|huggingface|megalodon|infini]"""
+    """infinicontext convert SRC DST [--to run|huggingface|megalodon|infini|fam]"""
     from_run = weights.is_run(options.source)
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
-    if options.segment is not None and to != "infini":
-        raise UserError(f"--segment is {options.segment}; it goes with --to infini")
-    if not from_run and to not in ("run", "infini"):
+    for field, kind in (("segment", "infini"), *((field, "fam") for field in ("block", "memory_blocks", "fam_length", "prompt"))):
+        if getattr(options, field) is not None and to != kind:
+            raise UserError(f"--{field.replace('_', '-')} is {getattr(options, field)}; it goes with --to {kind}")
+    if not from_run and to not in ("run", "infini", "fam"):
         raise UserError(f"{options.source} is no run folder; convert it to one first, --to run")
     if options.dtype and to != "huggingface":
         raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
@@ -322,10 +331,24 @@ def run_convert(options: argparse.Namespace) -> None:
         elif to == "megalodon":
             weights.to_megalodon(options.source, options.target, mesh, step=options.step, shards=shards)
         else:
-            segment = (2048 if options.segment is None else options.segment) if to == "infini" else None
-            how = {"step": options.step, "rope": options.rope, "segment": segment}
+            grow = {"infini": with_memory, "fam": with_feedback_memory}.get(to)
+            grow = grow and functools.partial(grow, options)
+            how = {"step": options.step, "rope": options.rope, "grow": grow, "prompt": options.prompt or "tokens"}
             weights.to_run(options.source, options.target, mesh, **how, command=options.line)
     print(options.target)
+
+
+def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.InfiniConfig:
+    """What --to infini makes of a Transformer: gates begin nearly closed, and the linear rule is written by."""
+    segment = 2048 if options.segment is None else options.segment
+    return models.InfiniConfig.of(config, segment=segment, update="linear", empty_memory="bypass", gate_init=-3.0)
+
+
+def with_feedback_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.FamConfig:
+    """What --to fam makes of a Transformer; blocks that it has already are kept."""
+    defaults = {"fam_length": 64} | ({} if config.attention == "block_window" else {"block": 1024, "memory_blocks": 1})
+    given = {name: vars(options)[name] for name in ("block", "memory_blocks", "fam_length") if vars(options)[name] is not None}
+    return models.FamConfig.of(config, **(defaults | given))
 
 
 def all_on_tensor() -> jax.sharding.Mesh:

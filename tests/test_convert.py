@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 from infinicontext import models, pretrained
 from infinicontext.cli import all_on_tensor, main
 from infinicontext.data.tokenizers import word_tokenizer
-from infinicontext.models import MegalodonConfig, TransformerConfig
+from infinicontext.models import FamConfig, MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig
 from infinicontext.training.run_folder import load_config
-from infinicontext.training.weights import load_model, stop_ids
+from infinicontext.training.weights import load_model, restore, stop_ids
 
 WORDS = "the key is one two three four five six seven eight nine ten , ."
 EXPERIMENT = """
@@ -309,13 +309,48 @@ def test_a_transformer_gets_a_memory(run, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_transformer_gets_feedback_memory(run, tmp_path, capsys):
+    """Without FAM it reads as before, or as with a window of blocks; FAM begins as embeddings of tokens and changes what is read."""
+    convert = lambda name, *options: main(["convert", str(run), str(tmp_path / name), "--to", "fam", "--block", "8", *options])
+    convert("bswa", "--fam-length", "0", "--memory-blocks", "2")
+    convert("fam", "--fam-length", "4")
+    convert("random", "--fam-length", "4", "--prompt", "random")
+    mesh = all_on_tensor()
+    with jax.set_mesh(mesh):
+        base, bswa, fam, drawn = (
+            load_model(folder, mesh).model for folder in (run, *(tmp_path / name for name in ("bswa", "fam", "random")))
+        )
+        tokens_BT = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, 40), np.int32)
+
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def logits(model, config, length):
+            model = jax.tree.unflatten(jax.tree.structure(models.abstract(config)), jax.tree.leaves(model))
+            return model(tokens_BT[:, :length], model.init_state(2, capacity=length))[0]
+
+        np.testing.assert_allclose(logits(bswa, bswa.config, 24), logits(base, base.config, 24), atol=1e-5)
+        banded = dataclasses.replace(base.config, attention="block_window", block=8, memory_blocks=2)
+        np.testing.assert_allclose(logits(bswa, bswa.config, 40), logits(base, banded, 40), atol=1e-5)
+        assert np.abs(logits(bswa, bswa.config, 40) - logits(base, base.config, 40)).max() > 1e-3
+        for model in (fam, drawn):
+            assert np.abs(logits(model, model.config, 8) - logits(base, base.config, 8)).max() > 1e-3
+        table_VD, prompt_FD = np.asarray(base.embedding.table[...]), np.asarray(fam.prompt[...])
+        assert (fam.config.block, fam.config.memory_blocks) == (8, 1)
+        assert all((row == table_VD).all(axis=1).any() for row in prompt_FD)
+        assert not any((row == table_VD).all(axis=1).any() for row in np.asarray(drawn.prompt[...]))
+    refused = lambda *options: fails(capsys, "convert", *options)
+    assert "its model is of kind Fam" in refused(tmp_path / "fam", tmp_path / "twice", "--to", "fam")
+    assert "--fam-length is 4; it goes with --to fam" in refused(run, tmp_path / "other", "--to", "infini", "--fam-length", "4")
+    assert "model.block is 0" in refused(run, tmp_path / "other", "--to", "fam", "--block", "0")
+    assert not (tmp_path / "other").exists()
+
+
 GROWING = """
 import dataclasses
 import pathlib
 
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.experiment import Experiment
-from infinicontext.models import AdaptedConfig, InfiniConfig
+from infinicontext.models import AdaptedConfig, FamConfig, InfiniConfig
 from infinicontext.nn.lora import Lora
 from infinicontext.training.optimizer import OptimizerConfig
 from infinicontext.training.run_folder import load_config
@@ -336,6 +371,13 @@ def adapted():
 def refused():
     return experiment(INFINI, {here!r} + "/window")
 
+def blocks():
+    return experiment(dataclasses.replace(MODEL, attention="block_window", block=4, memory_blocks=1), {run!r})
+
+def feedback():
+    model = AdaptedConfig(FamConfig.of(load_config(pathlib.Path({here!r}) / "blocks").model, fam_length=3), Lora(rank=2, parameters=("q",)))
+    return experiment(model, {here!r} + "/blocks", optimizer=OptimizerConfig(train=("lora", "prompt")), carry="fam")
+
 def remembering():
     return experiment(INFINI, {here!r} + "/memory")
 """
@@ -353,9 +395,34 @@ def test_a_memory_for_windows_and_adapters(run, tmp_path, capsys):
         main(["train", f"{many}:{name}", "--workdir", str(tmp_path / name)])
     capsys.readouterr()
     refused = fails(capsys, "convert", tmp_path / "window", tmp_path / "other", "--to", "infini", "--segment", "8")
-    assert "its tokens see the last 4; with Infini-attention, segments must be no longer, not 8" in refused
+    assert "its tokens see the last 4; with a memory, segments must be no longer, not 8" in refused
     assert "its tokens see the last 4" in fails(capsys, "train", f"{many}:refused", "--workdir", tmp_path / "other")
     main(["convert", str(tmp_path / "adapted"), str(tmp_path / "memory"), "--to", "infini", "--segment", "8"])
     assert load_config(tmp_path / "memory").model.update == "linear"
     main(["info", str(tmp_path / "memory")])
     main(["train", f"{many}:remembering", "--workdir", str(tmp_path / "remembering")])
+
+
+def test_feedback_memory_for_blocks_and_adapters(run, tmp_path, capsys):
+    """A Transformer with a window of blocks keeps them; LoRA's adapters and the prompt are trained, and nothing else."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(f"{WORDS} {i} {WORDS}")
+    (tmp_path / "many.py").write_text(GROWING.format(run=str(run), folder=str(folder), here=str(tmp_path)))
+    for name in ("blocks", "feedback"):
+        main(["train", f"{tmp_path / 'many.py'}:{name}", "--workdir", str(tmp_path / name)])
+    capsys.readouterr()
+    main(["convert", str(tmp_path / "blocks"), str(tmp_path / "fam"), "--to", "fam"])
+    assert load_config(tmp_path / "fam").model == FamConfig.of(load_config(tmp_path / "blocks").model, fam_length=64)
+    refused = fails(capsys, "convert", tmp_path / "blocks", tmp_path / "other", "--to", "fam", "--block", "8")
+    assert "its tokens see blocks of 4 and 1 before their own; so must they with FAM, not 8 and 1" in refused
+    mesh = all_on_tensor()
+    config = load_config(tmp_path / "feedback").model
+    by_name = lambda model: {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(model)}
+    with jax.set_mesh(mesh):
+        before = by_name(load_model(tmp_path / "blocks", mesh).model)
+        after = by_name(restore(tmp_path / "feedback", config, mesh)[1].model)
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == set()
+    (prompt,) = after.keys() - before.keys()
+    assert not any((row == before[".embedding.table.value"]).all(axis=1).any() for row in after[prompt])

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +32,8 @@ from infinicontext.pretrained.huggingface import copy_side_files
 from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.run_folder import KEPT, load_config, write_config
+
+Prompt = Literal["tokens", "random"]
 
 
 class Loaded(NamedTuple):
@@ -157,7 +160,7 @@ def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | N
 
 def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: int = 0) -> Model:
     """float32 parameters to begin training with, in a model with this config, which need not be the folder's: window, rotary scheme, dtype
-    and remat change no parameter. LoRA's adapters, and the gates of Infini-attention, are drawn where the folder has none.
+    and remat change no parameter. LoRA's adapters, the gates of Infini-attention and the prompt of FAM are made where the folder has none.
 
     Raises:
       UserError: the parameters are not those of such a model.
@@ -166,9 +169,9 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: 
     if type(stored) is not type(config):
         if isinstance(config, models.AdaptedConfig):
             return _grown(config, starting_model(folder, config.model, mesh), mesh, seed)
-        if isinstance(config, models.InfiniConfig):
+        if isinstance(config, models.InfiniConfig | models.FamConfig):
             if not is_official(folder):
-                _check_window(folder, stored or pretrained.read_config(folder), config.segment)
+                _check_window(folder, stored or pretrained.read_config(folder), config)
             return _grown(config, starting_model(folder, config.transformer, mesh), mesh, seed)
         if isinstance(stored, models.AdaptedConfig):
             return merged(restore(folder, dataclasses.replace(stored, model=config), mesh)[1])
@@ -180,7 +183,7 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: 
     return pretrained.load(folder, mesh, config=config)
 
 
-def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int) -> Model:
+def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int, prompt: Prompt = "tokens") -> Model:
     """A model with this config and another's parameters, by name; those that the other lacks are drawn. The other's are donated."""
 
     def grow(model: Model) -> Model:
@@ -189,19 +192,32 @@ def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int) -> Model:
             whole.model = model
             return whole
         own = dict(jax.tree_util.tree_leaves_with_path(model, is_leaf=is_parameter))
-        return jax.tree_util.tree_map_with_path(lambda path, drawn: own.get(path, drawn), whole, is_leaf=is_parameter)
+        whole = jax.tree_util.tree_map_with_path(lambda path, drawn: own.get(path, drawn), whole, is_leaf=is_parameter)
+        if isinstance(config, models.FamConfig) and config.fam_length and prompt == "tokens":
+            tokens_F = jax.random.randint(jax.random.key(seed), (config.fam_length,), 0, config.vocab_size)
+            whole.prompt[...] = whole.embedding(tokens_F[None])[0].astype(whole.prompt[...].dtype)
+        return whole
 
     return jax.jit(grow, out_shardings=sharding.shardings(models.abstract(config), mesh), donate_argnums=0)(model)
 
 
-def _check_window(source: pathlib.Path, config: ModelConfig, segment: int) -> None:
-    """Raises UserError if a Transformer sees less than a segment, where with Infini-attention it would see all of it."""
-    config = config.model if isinstance(config, models.AdaptedConfig) else config
-    if getattr(config, "attention", "full") == "full":
+def _check_window(source: pathlib.Path, before: ModelConfig, config: models.InfiniConfig | models.FamConfig) -> None:
+    """Raises UserError if a Transformer's tokens do not see what they will see with this config's softmax attention, and may so far."""
+    before = before.model if isinstance(before, models.AdaptedConfig) else before
+    if getattr(before, "attention", "full") == "full":
         return
-    sees = config.window if config.attention == "window" else config.block
-    if segment > sees:
-        raise UserError(f"{source}: its tokens see the last {sees}; with Infini-attention, segments must be no longer, not {segment}")
+    blocks = lambda config: (config.block, config.memory_blocks)
+    if before.attention == "block_window" and isinstance(config, models.FamConfig):
+        if blocks(before) != blocks(config):
+            raise UserError(
+                f"{source}: its tokens see blocks of {before.block} and {before.memory_blocks} before their own; "
+                f"so must they with FAM, not {config.block} and {config.memory_blocks}"
+            )
+        return
+    sees = before.window if before.attention == "window" else before.block
+    if config.span > sees:
+        name = "segments must be" if isinstance(config, models.InfiniConfig) else "a block and those seen before it must be"
+        raise UserError(f"{source}: its tokens see the last {sees}; with a memory, {name} no longer, not {config.span}")
 
 
 def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
@@ -228,16 +244,17 @@ def to_run(
     *,
     step: int | None = None,
     rope: Rope | None = None,
-    segment: int | None = None,
+    grow: Callable[[models.TransformerConfig], models.InfiniConfig | models.FamConfig] | None = None,
+    prompt: Prompt = "tokens",
     command: str = "",
 ) -> None:
-    """Makes a run folder with nothing but parameters: of a pretrained folder, at step 0 (`rope` as in `load_model`), or of a run.
+    """Makes a run folder with nothing but parameters: of a pretrained folder (`rope` as in `load_model`), at step 0, or of a run.
 
-    With `segment` the model, which must be a Transformer, gets Infini-attention in segments of so many tokens. It reads as before within a
-    segment; gates begin at -3, and the linear rule is written by.
+    With `grow` the model, which must be a Transformer, gets the memory of the config which `grow` makes of its own. `prompt` is what FAM
+    begins as: embeddings of tokens, which attention is used to, or random numbers of their size.
 
     Raises:
-      UserError: the source cannot be read, is no Transformer or one with a window shorter than a segment, or the target is not new.
+      UserError: the source cannot be read, is no Transformer or one with another window, or the target is not new.
     """
     with new_folder(target) as folder:
         if is_run(source):
@@ -246,15 +263,16 @@ def to_run(
         else:
             step, model = 0, _load_pretrained(source, mesh, rope=rope)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
-        if segment is not None:
+        if grow is not None:
             model, step = merged(model), 0
             if not isinstance(model.config, models.TransformerConfig):
                 raise UserError(f"{source}: its model is of kind {type(model).__name__}; a memory can be given to a Transformer")
-            _check_window(source, model.config, segment)
-            config = models.InfiniConfig.of(model.config, segment=segment, update="linear", empty_memory="bypass", gate_init=-3.0)
+            config = grow(model.config)
+            _check_window(source, model.config, config)
             # What was trained before need not be a part of this model.
             optimizer = dataclasses.replace(experiment.optimizer, train=(), groups=())
-            model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config, optimizer=optimizer)
+            model = _grown(config, model, mesh, 0, prompt)
+            experiment = dataclasses.replace(experiment, model=config, optimizer=optimizer)
         keep_files(source, folder)
         checkpoints = Checkpoints(folder, keep=1)
         checkpoints.save(step, model)
