@@ -166,7 +166,7 @@ def make_parser() -> Parser:
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)
@@ -357,12 +357,15 @@ def all_on_tensor() -> jax.sharding.Mesh:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """infinicontext bench cema|timestep_norm|megalodon|infini [--batch B] [--length T] [--dim D] [--rounds N]"""
+    """infinicontext bench cema|timestep_norm|megalodon|infini|fam [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
+    from infinicontext.bench_fam import bench_fam
     from infinicontext.bench_infini import bench_infini
 
-    (BENCHMARKS | {"infini": bench_infini})[options.what](Size(options.batch, options.length, options.dim, options.rounds))
+    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam})[options.what](
+        Size(options.batch, options.length, options.dim, options.rounds)
+    )
 
 
 def run_info(options: argparse.Namespace) -> None:
