@@ -30,6 +30,7 @@ from infinicontext.data.pipeline import CorpusData
 from infinicontext.evaluation.perplexity import PerplexityEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.fam_attention import FamConfig
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.training.optimizer import OptimizerConfig
@@ -70,8 +71,15 @@ def megalodon() -> Experiment:
     return dataclasses.replace(experiment, name="megalodon", model=dataclasses.replace(model, remat=False))
 
 
+def fam() -> Experiment:
+    """TransformerFAM: the blocks of `block_window`, and 16 rows of feedback memory."""
+    experiment = full()
+    model = FamConfig(vocab_size=257, dim=128, layers=3, heads=4, block=32, memory_blocks=3, fam_length=16, remat=False)
+    return dataclasses.replace(experiment, name="fam", model=model)
+
+
 def all() -> list[Experiment]:
-    """The four of them with two seeds each."""
+    """The first four with two seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
         for experiment in (full(), window(), block_window(), megalodon())

@@ -60,6 +60,7 @@ from infinicontext.data.pipeline import PasskeyData
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
+from infinicontext.models.fam_attention import FamConfig
 from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
@@ -125,6 +126,40 @@ def infini_linear() -> Experiment:
     experiment = infini()
     model = dataclasses.replace(experiment.model, update="linear", training_horizons=None)
     return dataclasses.replace(experiment, name="infini_linear", model=model)
+
+
+def fam() -> Experiment:
+    """TransformerFAM in blocks of 64 that see no block before them: what tokens know from there has passed through 16 rows of FAM."""
+    experiment = infini()
+    return dataclasses.replace(
+        experiment,
+        name="fam",
+        model=FamConfig(vocab_size=64, dim=128, layers=3, heads=4, block=64, memory_blocks=0, fam_length=16, remat=False),
+        data=dataclasses.replace(experiment.data, lengths=(256, 1024, 2048)),
+        carry="fam",
+    )
+
+
+def bswa(memory_blocks: int = 1) -> Experiment:
+    """The same without FAM, where tokens see so many blocks before their own: TransformerBSWA, its control."""
+    experiment = fam()
+    model = dataclasses.replace(experiment.model, fam_length=0, memory_blocks=memory_blocks)
+    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, carry="nothing")
+
+
+def fam_and_bswa() -> list[Experiment]:
+    """FAM, and BSWA with 0 to 4 blocks before a token's own."""
+    return [fam(), *map(bswa, range(5))]
+
+
+def fam_ablations() -> list[Experiment]:
+    """FAM with one thing changed: its length, how often it is passed on, no feed-forward, a query that stays the prompt's."""
+    experiment = fam()
+    models = {f"length{rows}": {"fam_length": rows} for rows in (1, 4, 64)}
+    models |= {"no_feed_forward": {"fam_feed_forward": False}, "static": {"fam_query": "static"}}
+    changed = {name: {"model": dataclasses.replace(experiment.model, **changes)} for name, changes in models.items()}
+    changed |= {f"passed{percent}": {"carry_probability": percent / 100} for percent in (0, 50, 100)}
+    return [dataclasses.replace(experiment, name=f"fam_{name}", **changes) for name, changes in changed.items()]
 
 
 def all() -> list[Experiment]:
