@@ -109,7 +109,7 @@ def infini() -> Experiment:
     return Experiment(
         name="infini",
         model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(1, 128), remat=False),
-        data=PasskeyData(lengths=(256, 1024, 4096), stage_steps=(500, 300), shortest=80, depths=(-0.1, 1.1)),
+        data=PasskeyData(lengths=(256, 1024, 4096), stage_steps=(500, 300), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(1024, 4096, 16384, 65536), passkey=PasskeyEvaluation(samples=20)),

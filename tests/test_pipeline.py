@@ -130,7 +130,7 @@ def test_passkey_answers_and_depths():
 
 
 def test_passkey_samples_of_random_lengths_share_rows():
-    data = PasskeyData(lengths=(400,), shortest=70, depths=(-0.5, 1.5))
+    data = PasskeyData(lengths=(400,), shortest=(70,), depths=(-0.5, 1.5))
     tokenizer, sizes, ends = load_tokenizer("passkey"), [], 0
     filler = "the grass is green"
     for batch in take(8, data):
@@ -151,6 +151,13 @@ def test_passkey_samples_of_random_lengths_share_rows():
     assert max(flat) in range(390, 402)
     assert any(row != sorted(row, reverse=True) for row in sizes)
     assert 0.5 < ends / len(flat) < 0.9
+
+
+def test_passkey_stages_have_their_own_shortest_samples():
+    data = PasskeyData(lengths=(300, 400), stage_steps=(2,), shortest=(70, 390))
+    samples = [int(batch["segment_ids"].max()) for batch in take(4, data)]
+    assert min(samples[:2]) > 1
+    assert max(samples[2:]) == 1
 
 
 def test_passkey_curriculum_keeps_tokens_per_batch():
@@ -200,8 +207,9 @@ def test_short_validation_split_ends_in_padding_rows(source):
         (PasskeyData, {"lengths": (200, 300), "stage_steps": (0,)}, r"data\.stage_steps is \(0,\)"),
         (PasskeyData, {"digits": 0}, r"data\.digits is 0"),
         (PasskeyData, {"digits": 19}, r"data\.digits is 19"),
-        (PasskeyData, {"shortest": 0}, r"data\.shortest is 0; it must be from 1 to 257"),
-        (PasskeyData, {"shortest": 300}, r"data\.shortest is 300"),
+        (PasskeyData, {"shortest": (0,)}, r"data\.shortest is \(0,\); each must be from 1"),
+        (PasskeyData, {"shortest": (300,)}, r"data\.shortest is \(300,\)"),
+        (PasskeyData, {"shortest": (80, 90)}, r"data\.shortest is \(80, 90\); it must be empty or 1 numbers"),
         (PasskeyData, {"depths": (0.5, 0.0)}, r"data\.depths is \(0\.5, 0\.0\)"),
     ],
 )
@@ -227,8 +235,8 @@ def test_errors_before_the_first_batch(source, tmp_path):
             batches(CorpusData(str(tmp_path / "none")))
         with pytest.raises(UserError, match=r"data\.lengths is \(256, 60\), for samples of 61 tokens: .* at least"):
             batches(PasskeyData(lengths=(256, 60), stage_steps=(2,)))
-        with pytest.raises(UserError, match=r"data\.shortest is 50, for samples of 50 tokens: .* at least"):
-            batches(PasskeyData(shortest=50))
+        with pytest.raises(UserError, match=r"data\.shortest is \(50,\), for samples of 50 tokens: .* at least"):
+            batches(PasskeyData(shortest=(50,)))
     with pytest.raises(UserError, match="no document in its validation split"):
         validation_batches(CorpusData(source, validation_fraction=1e-9), 8, 1, 0)
     with pytest.raises(UserError, match="validation_fraction is 0"):

@@ -79,8 +79,9 @@ class PasskeyData:
       lengths: T of each stage. A later stage has fewer rows per batch, so that tokens per batch stay about constant.
       stage_steps: steps spent at each length but the last, which has no end.
       digits: decimal digits of the key.
-      shortest: None: one sample fills a row. A number of tokens: a row holds samples of random lengths, the first drawn uniformly from this
-        to T + 1, the next from this to what is left, and so on, so that keys and questions stand anywhere, near and far from each other.
+      shortest: (): one sample fills a row. A number of tokens for each stage: a row holds samples of random lengths, the first drawn
+        uniformly from this to T + 1, the next from this to what is left, and so on, so that keys and questions stand anywhere, and near
+        and far from each other.
       depths: of the keys, drawn uniformly between these two. What is drawn below 0 or above 1 becomes an end, where long samples seldom
         have their keys otherwise: (-0.1, 1.1) puts a sixth of the keys there, and (0, 0) all of them before any filler.
     """
@@ -89,7 +90,7 @@ class PasskeyData:
     lengths: tuple[int, ...] = (256,)
     stage_steps: tuple[int, ...] = ()
     digits: int = 5
-    shortest: int | None = None
+    shortest: tuple[int, ...] = ()
     depths: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
@@ -102,16 +103,22 @@ class PasskeyData:
                 f"data.stage_steps is {self.stage_steps}; for data.lengths {self.lengths} it must be "
                 f"{len(self.lengths) - 1} numbers of steps, each 1 or more"
             )
-        if self.shortest is not None and not 1 <= self.shortest <= min(self.lengths) + 1:
+        if self.shortest and len(self.shortest) != len(self.lengths):
+            raise UserError(f"data.shortest is {self.shortest}; it must be empty or {len(self.lengths)} numbers, as many as data.lengths")
+        if any(not 1 <= shortest <= length + 1 for shortest, length in zip(self.shortest, self.lengths)):
             raise UserError(
-                f"data.shortest is {self.shortest}; it must be from 1 to {min(self.lengths) + 1}, what a row of the first length holds"
+                f"data.shortest is {self.shortest}; each must be from 1 to what a row of data.lengths {self.lengths} holds, T + 1"
             )
         if not 1 <= self.digits <= 18:
             raise UserError(f"data.digits is {self.digits}; it must be from 1 to 18")
 
+    def stage_at(self, step: int) -> int:
+        """Which of `lengths` a step has."""
+        return int(np.searchsorted(np.cumsum(self.stage_steps), step, side="right"))
+
     def length_at(self, step: int) -> int:
         """T at a step."""
-        return self.lengths[np.searchsorted(np.cumsum(self.stage_steps), step, side="right")]
+        return self.lengths[self.stage_at(step)]
 
     def rows_at(self, step: int, batch_size: int, multiple: int) -> int:
         """B at a step: `batch_size` at the first length, then a multiple of `multiple` for about as many tokens."""
@@ -202,7 +209,7 @@ def train_batches(
 
         def passkey_batch(step: int) -> Batch:
             rows = range(process_index, data.rows_at(step, batch_size, multiple), process_count)
-            return _passkey_rows(data, tokenizer, data.length_at(step), rows, (TRAINING, seed, step))
+            return _passkey_rows(data, tokenizer, data.stage_at(step), rows, (TRAINING, seed, step))
 
         batches = grain.MapDataset.range(STEPS).map(passkey_batch)
     elif isinstance(data, CorpusData) and data.order == "sequential":
@@ -244,7 +251,7 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     if isinstance(data, PasskeyData):
         _check_lengths(data, tokenizer)
         rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
-        return [_passkey_rows(data, tokenizer, data.lengths[-1], rows, (VALIDATION, seed, i)) for i in range(count)]
+        return [_passkey_rows(data, tokenizer, len(data.lengths) - 1, rows, (VALIDATION, seed, i)) for i in range(count)]
     packed = _packed(data, tokenizer, "validation", seed)
     padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
     count = min(count, -(-len(packed) // batch_size))
@@ -271,22 +278,24 @@ def _packed(
 
 def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:
     """Fails before the first step rather than at the stage whose length is too small."""
-    name, length = ("lengths", min(data.lengths) + 1) if data.shortest is None else ("shortest", data.shortest)
+    name, length = ("shortest", min(data.shortest)) if data.shortest else ("lengths", min(data.lengths) + 1)
     try:
         passkey_sample(tokenizer, length, 0.5, np.random.default_rng(0), data.digits)
     except UserError as error:
         raise UserError(f"data.{name} is {getattr(data, name)}, for samples of {length} tokens: {error}") from error
 
 
-def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: range, key: tuple[int, ...]) -> Batch:
-    """Rows of passkey samples, each a function of (key, row) alone."""
+def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, stage: int, rows: range, key: tuple[int, ...]) -> Batch:
+    """Rows of passkey samples, each a function of (stage, key, row) alone."""
+    length = data.lengths[stage]
+    shortest = data.shortest[stage] if data.shortest else length + 1
 
     def one(row: int) -> Batch:
         rng = np.random.default_rng((*key, row))
         tokens_S, segment_S = np.zeros((2, length + 1), np.int32)
         answers_S = np.zeros(length + 1, bool)
         end = 0
-        for segment, size in enumerate(_sample_sizes(data, length + 1, rng), start=1):
+        for segment, size in enumerate(_sample_sizes(shortest, length + 1, rng), start=1):
             depth = float(np.clip(data.depths[0] + (data.depths[1] - data.depths[0]) * rng.random(), 0, 1))
             place = slice(end, end := end + size)
             tokens_S[place], answer_start = passkey_sample(tokenizer, size, depth, rng, data.digits)
@@ -303,13 +312,13 @@ def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, length: int, rows: ra
     return _stack(one(row) for row in rows)
 
 
-def _sample_sizes(data: PasskeyData, room: int, rng: np.random.Generator) -> list[int]:
+def _sample_sizes(shortest: int, room: int, rng: np.random.Generator) -> list[int]:
     """How many tokens each sample of a row takes, in an order without system."""
-    if data.shortest is None:
+    if shortest == room:
         return [room]
     sizes = []
-    while room >= data.shortest:
-        sizes.append(int(rng.integers(data.shortest, room + 1)))
+    while room >= shortest:
+        sizes.append(int(rng.integers(shortest, room + 1)))
         room -= sizes[-1]
     return rng.permutation(sizes).tolist()
 
