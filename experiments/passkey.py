@@ -121,6 +121,19 @@ def infini() -> Experiment:
     )
 
 
+def infini_long() -> Experiment:
+    """`infini` goes on (--start-from) with one long sample in each row, so that horizons wear the memory as far longer texts will."""
+    experiment = infini()
+    return dataclasses.replace(
+        experiment,
+        name="infini_long",
+        data=dataclasses.replace(experiment.data, lengths=(4096,), stage_steps=(), shortest=(3072,)),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1.5e-3, warmup_steps=20),
+        steps=750,
+        batch_size=3,
+    )
+
+
 def infini_linear() -> Experiment:
     """The same by the linear rule and the paper's normalizer; not run yet."""
     experiment = infini()

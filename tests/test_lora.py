@@ -55,7 +55,9 @@ def test_begins_as_the_model_it_adapts(base):
     tokens_BT = np.arange(24, dtype=np.int32).reshape(2, 12) % 17
     both = jax.jit(lambda model: (model(tokens_BT, model.init_state(2)), model.model(tokens_BT, model.model.init_state(2))))
     (logits_BTV, _), (expected_BTV, _) = both(model)
-    np.testing.assert_array_equal(logits_BTV, expected_BTV)
+    # Two compilations of one sum may round differently; the parameters are the same to the last bit.
+    np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, model.merged(), model.model)
     (logits_BTV, _), _ = both(random_adapters(model))
     assert np.abs(logits_BTV - expected_BTV).max() > 1e-2
 
