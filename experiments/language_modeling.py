@@ -21,7 +21,8 @@ Result, mean and standard deviation of two seeds on Python 3.11.7: validation lo
 At this budget the windows learn faster than full attention, and they read on at the same quality where full attention meets positions it
 has never seen. They do not use what lies beyond their reach of 3 x 128 bytes: more context changes nothing. MEGALODON learns fastest by far
 with as many parameters, tokens and the same learning rate (none of them was tuned), a little slower; beyond a thousand bytes more context
-does not help it either: after 0.8 million bytes of training its averages and statistics carry nothing from far away.
+does not help it either: after 0.8 million bytes of training its averages and statistics carry nothing from far away. TransformerFAM
+(fam) was not measured yet.
 """
 
 import dataclasses

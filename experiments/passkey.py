@@ -44,10 +44,10 @@ at 1048576 2 at depths 0, 0.5 and 1 (horizon 256), 8 (512) and 4 (1024) at depth
 
 No key is lost up to 64 times the training length, at any depth. After the first run alone, horizons of 256 and 512 find 95 and 90% at 65536
 and 25 and 55% at 262144 (4 samples at each depth): keys at depth 0.75 are then missed as often as those at 0.25, and those right before the
-question at 262144 tokens under a horizon of 128, too, so it is not that old keys fade; what the filler leaves in the memory grows until it
-drowns them. Rows with one long sample each are what taught the model to keep it small, to the ratio of text to horizon that they show, 64.
-A million tokens is that ratio under a horizon of 256, but with readings 4 times as dilute as in training; there it stops short. The linear
-rule (infini_linear) was not trained yet.
+question at 262144 tokens under a horizon of 128, too, so it is not that old keys fade; most likely what the filler leaves in the memory
+grows until it drowns them. Rows with one long sample each are what taught the model to keep it small, to the ratio of text to horizon that
+they show, 64. A million tokens is that ratio under a horizon of 256, but with readings 4 times as dilute as in training; there it stops
+short. The linear rule (infini_linear) was not trained yet, nor were TransformerFAM and its control (fam_and_bswa, fam_ablations).
 """
 
 import dataclasses
