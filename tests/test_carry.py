@@ -119,6 +119,13 @@ def test_fam_is_passed(passing, kind):
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_the_first_row_is_passed_whatever_the_accumulation(passing):
+    experiment = dataclasses.replace(passing, carry_probability=1.0)
+    one, other = run(experiment), run(dataclasses.replace(experiment, accumulation=2))
+    np.testing.assert_allclose(one[2], other[2], rtol=2e-5)
+    np.testing.assert_allclose(one[0][-1].carried, other[0][-1].carried, atol=1e-4)
+
+
 def test_no_fam_is_passed_with_probability_0(passing):
     never = run(dataclasses.replace(passing, carry_probability=0.0))[2]
     assert never == pytest.approx(run(dataclasses.replace(passing, carry="nothing"))[2], rel=1e-6)

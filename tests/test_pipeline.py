@@ -153,6 +153,15 @@ def test_passkey_samples_of_random_lengths_share_rows():
     assert 0.5 < ends / len(flat) < 0.9
 
 
+def test_passkey_before_all_filler():
+    tokenizer = load_tokenizer("passkey")
+    for batch in take(2, PasskeyData(lengths=(400,), depths=(0, 0))):
+        for tokens in batch["tokens"]:
+            before, after = tokenizer.decode(tokens).split("the pass key is", 1)
+            assert before.count("here we go") <= 1, "the end of one block may stand there, to make up the length"
+            assert after.count("here we go") > 5
+
+
 def test_passkey_stages_have_their_own_shortest_samples():
     data = PasskeyData(lengths=(300, 400), stage_steps=(2,), shortest=(70, 390))
     samples = [int(batch["segment_ids"].max()) for batch in take(4, data)]
