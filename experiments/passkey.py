@@ -101,32 +101,20 @@ def megalodon() -> Experiment:
 
 
 def infini() -> Experiment:
-    """Infini-attention by the delta rule, trained on up to 4,096 tokens; each row's normalizer stands still after a random time."""
+    """Infini-attention by the delta rule, trained on up to 4,096 tokens, with memories as worn and as diluted as long texts leave them."""
+    training = {"training_horizons": (1, 128), "training_dilution": (12, 1024)}
     return Experiment(
         name="infini",
-        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, training_horizons=(1, 128), remat=False),
-        data=PasskeyData(lengths=(256, 1024, 4096), stage_steps=(500, 300), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
+        model=InfiniConfig(vocab_size=64, dim=128, layers=3, heads=4, segment=64, remat=False, **training),
+        data=PasskeyData(lengths=(256, 1024, 4096), stage_steps=(500, 300), shortest=(80, 80, 3072), depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(1024, 4096, 16384, 65536), passkey=PasskeyEvaluation(samples=20)),
-        steps=2400,
+        steps=1800,
         batch_size=48,
         log_every=20,
         validation_every=100,
         checkpoint_every=200,
-    )
-
-
-def infini_long() -> Experiment:
-    """`infini` goes on (--start-from) with one long sample in each row, so that horizons wear the memory as far longer texts will."""
-    experiment = infini()
-    return dataclasses.replace(
-        experiment,
-        name="infini_long",
-        data=dataclasses.replace(experiment.data, lengths=(4096,), stage_steps=(), shortest=(3072,)),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1.5e-3, warmup_steps=20),
-        steps=750,
-        batch_size=3,
     )
 
 
@@ -144,7 +132,7 @@ def fam() -> Experiment:
         experiment,
         name="fam",
         model=FamConfig(vocab_size=64, dim=128, layers=3, heads=4, block=64, memory_blocks=0, fam_length=16, remat=False),
-        data=dataclasses.replace(experiment.data, lengths=(256, 1024, 2048)),
+        data=dataclasses.replace(experiment.data, lengths=(256, 1024, 2048), shortest=(80, 80, 80)),
         carry="fam",
     )
 

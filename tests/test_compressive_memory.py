@@ -190,8 +190,9 @@ def example(seed=0, shape=SHAPE):
     return rng.normal(size=(B, T, shape["H"], K)), rng.normal(size=(B, T, shape["G"], K)), rng.normal(size=(B, T, shape["G"], shape["U"]))
 
 
-def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-6):
+def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, dilution=None, epsilon=1e-6):
     """What each token recalls, and the memory of each row's last document, by the equations."""
+    after_B, factor_B = ([0, 0], [1, 1]) if dilution is None else dilution
     positive = lambda x: x + 1 if x > 0 else np.exp(x)
     positive = np.vectorize(positive)
     (B, T, H, K), (G, U) = q_BTHK.shape, v_BTGU.shape[2:]
@@ -205,7 +206,10 @@ def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-
                     document, held = DOCUMENTS_BT[row, t], -1 if t % SEGMENT else 0
                     matrix, normalizer, written, counted = np.zeros((K, U)), np.zeros(K), np.zeros((K, U)), np.zeros(K)
                 elif t % SEGMENT == 0:
-                    matrix, normalizer, written, counted, held = matrix + written, normalizer + counted, written * 0, counted * 0, held + 1
+                    held += 1
+                    growth = factor_B[row] if held == after_B[row] > 0 else 1
+                    matrix, normalizer = growth * (matrix + written), growth * (normalizer + counted)
+                    written, counted = written * 0, counted * 0
                 read = lambda x: x @ matrix / max(x @ normalizer, epsilon)
                 for h in range(g * H // G, (g + 1) * H // G):
                     recalled[row, t, h] = read(positive(q_BTHK[row, t, h]))
@@ -217,14 +221,24 @@ def definition(q_BTHK, k_BTGK, v_BTGU, update="delta", horizon=None, epsilon=1e-
 
 
 def plainly_remember(
-    tokens, document_BT, before, position_BT=None, *, update="delta", horizon=None, parallel=False, within=False, segment=SEGMENT
+    tokens,
+    document_BT,
+    before,
+    position_BT=None,
+    *,
+    update="delta",
+    horizon=None,
+    dilution=None,
+    parallel=False,
+    within=False,
+    segment=SEGMENT,
 ):
     """Tokens of these documents -> what they recall, and what comes before the next."""
     memory, owner, count_B, document_B = before
     T = document_BT.shape[1]
     index_BT = count_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     place = Place(index_BT, index_BT if position_BT is None else position_BT, document_BT)
-    own, owner = segments(place, owner, document_B, segment, within=within, normalizer_horizon=horizon)
+    own, owner = segments(place, owner, document_B, segment, within=within, normalizer_horizon=horizon, dilution=dilution)
     laid = (x[None] if within else attention.lay(jnp.asarray(x), count_B % segment, segment) for x in tokens)
     recalled, memory = recall(*laid, memory, own, update=update, epsilon=1e-6, parallel=parallel)
     recalled = recalled[0] if within else attention.unlay(recalled, count_B % segment, T)
@@ -249,12 +263,14 @@ def total(before) -> tuple[jax.Array, jax.Array]:
     )
 
 
-@pytest.mark.parametrize("horizon", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("horizon", "dilution"), [(None, None), (1, None), (2, None), (2, (np.array([1, 2], np.int32), np.array([30.0, 7.0])))]
+)
 @pytest.mark.parametrize("update", ["linear", "delta"])
-def test_equals_the_definition(update, horizon, float64):
-    """Documents, padding, a normalizer that stands still; in one call, and token by token."""
-    tokens, options = example(), {"update": update, "horizon": horizon}
-    expected = definition(*tokens, update, horizon)
+def test_equals_the_definition(update, horizon, dilution, float64):
+    """Documents, padding, a normalizer that stands still, a memory that is multiplied; in one call, and token by token."""
+    tokens, options = example(), {"update": update, "horizon": horizon, "dilution": dilution}
+    expected = definition(*tokens, update, horizon, dilution)
     for parallel in (False, True):
         recalled, after = remember(tokens, DOCUMENTS_BT, nothing(), POSITIONS_BT, parallel=parallel, **options)
         assert_close((recalled, *total(after)), expected)
@@ -331,6 +347,16 @@ def test_a_horizon_for_each_row(float64):
     short = remember(example(), DOCUMENTS_BT, nothing(), POSITIONS_BT, horizon=1)[0]
     assert_close(mixed, jnp.stack([short[0], both[1]]))
     assert jnp.max(jnp.abs(short[0] - both[0])) > 1e-3
+
+
+def test_dilution_is_reading_the_same_again(float64):
+    """By the linear rule exactly: two segments five times over, then others."""
+    q, k, v = example(0, ONE_DOCUMENT)
+    again = lambda x: np.concatenate([*[x[:, : 2 * SEGMENT]] * 5, x[:, 2 * SEGMENT :]], axis=1)
+    long, after_long = remember([again(x) for x in (q, k, v)], np.ones((1, 52), np.int32), nothing(shape=ONE_DOCUMENT), update="linear")
+    dilution = np.array([2], np.int32), np.array([5.0])
+    short, after = remember((q, k, v), np.ones((1, 20), np.int32), nothing(shape=ONE_DOCUMENT), update="linear", dilution=dilution)
+    assert_close((short[:, 2 * SEGMENT :], after[0]), (long[:, 10 * SEGMENT :], after_long[0]))
 
 
 def test_bfloat16_tokens_are_summed_in_float32():

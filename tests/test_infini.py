@@ -93,6 +93,19 @@ def test_training_draws_horizons():
     assert len(drawn) > 2
 
 
+def test_training_draws_dilutions():
+    """Alike in both schedules; none in the first segment, none without a key, and another for another key."""
+    config = dataclasses.replace(CONFIG, training_dilution=(2, 50))
+    assert config.has_dropout
+    np.testing.assert_array_equal(logits(config), logits(CONFIG))
+    drawn_BTV, other_BTV = (logits(config, key=jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_allclose(drawn_BTV[:, : CONFIG.segment], logits(CONFIG)[:, : CONFIG.segment], atol=1e-5)
+    assert all(differs(drawn_BTV, x_BTV) for x_BTV in (other_BTV, logits(CONFIG)))
+    np.testing.assert_allclose(logits(dataclasses.replace(config, schedule="segments"), key=jax.random.key(0)), drawn_BTV, atol=1e-5)
+    nothing = dataclasses.replace(config, training_dilution=(2, 1))
+    np.testing.assert_allclose(logits(nothing, key=jax.random.key(0)), logits(CONFIG), atol=1e-5)
+
+
 def test_rotary_tables_are_planned_for_what_attention_spans():
     """The same segment reads alike, however long the stream will be."""
     rope = RopeConfig("longrope", original_length=16, length=64, long_factors=(2.0, 3.0))
@@ -116,6 +129,7 @@ def test_rotary_tables_are_planned_for_what_attention_spans():
         ("gate_init", -100.0, "from -10 to 10"),
         ("training_horizons", (4, 2), "the smaller first"),
         ("training_horizons", (0, 2), "1 or more"),
+        ("training_dilution", (0, 2), "1 or more"),
     ],
 )
 def test_refused(field, value, allowed):

@@ -3,6 +3,7 @@
 Documents of 40 tokens over four shards of 10 with segments of 4: borders of shards lie inside segments and documents.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -67,6 +68,17 @@ def test_split_equals_one_device(name, float64):
         model = jax.device_put(model, sharding.shardings(model, mesh))
         found = read(model, state, SEGMENTS_BT)
     chex.assert_trees_all_close(whole(found), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_dilution_is_that_of_one_device(float64):
+    """And horizons, as training draws them."""
+    config = dataclasses.replace(CONFIGS["delta"], training_horizons=(1, 4), training_dilution=(3, 20))
+    model = models.build(config, nnx.Rngs(0))
+    read = jax.jit(lambda model: model.hidden(TOKENS_BT, model.init_state(B), SEGMENTS_BT, dropout_key=jax.random.key(1)))
+    expected, mesh = whole(read(model)), make_mesh(MeshConfig(data=2, context=4))
+    with jax.set_mesh(mesh):
+        found = whole(read(jax.device_put(whole(model), sharding.shardings(model, mesh))))
+    chex.assert_trees_all_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_no_sequence_is_gathered(float64):

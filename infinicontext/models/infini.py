@@ -8,7 +8,7 @@ Nothing is added to the Transformer but a memory and a gate for each head (model
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -149,7 +149,7 @@ class Infini(nnx.Module):
           tokens_BT: int32.
           state: what was read before.
           segment_ids_BT: int32, see nn/cursor.py; None continues the current document.
-          dropout_key: draws the rows' horizons where the config has training_horizons; None: normalizer_horizon holds.
+          dropout_key: draws the rows' horizons and dilutions where the config has ranges for training; None: normalizer_horizon holds.
 
         Returns:
           hidden_BTD in the compute dtype, normalised for the head, and the state after the last token.
@@ -159,16 +159,28 @@ class Infini(nnx.Module):
         config, (B, T) = self.config, tokens_BT.shape
         if T == 0:
             return jnp.zeros((B, T, config.dim), config.dtype), state
-        horizon_B = None
-        if dropout_key is not None and config.training_horizons is not None:
-            # As many short ones as long ones: uniform in the logarithm.
-            low, high = (math.log(horizon) for horizon in (config.training_horizons[0], config.training_horizons[1] + 1))
-            horizon_B = jnp.exp(jax.random.uniform(dropout_key, (B,), minval=low, maxval=high)).astype(jnp.int32)
+        drawn = {} if dropout_key is None else self._drawn(dropout_key, B)
         if T == 1 or config.schedule == "layers":
-            return self._read(tokens_BT, state, segment_ids_BT, horizon_B, within=T == 1)
-        return self._read_segment_by_segment(tokens_BT, state, segment_ids_BT, horizon_B)
+            return self._read(tokens_BT, state, segment_ids_BT, drawn, within=T == 1)
+        return self._read_segment_by_segment(tokens_BT, state, segment_ids_BT, drawn)
 
-    def _read_segment_by_segment(self, tokens_BT, state: InfiniState, segment_ids_BT, horizon_B) -> tuple[jax.Array, InfiniState]:
+    def _drawn(self, key: jax.Array, batch_size: int) -> dict[str, Any]:
+        """What training draws for each row."""
+        config, drawn = self.config, {}
+        horizon, after, factor = jax.random.split(key, 3)
+
+        def uniform_in_log(key, low: int, high: int):
+            return jnp.exp(jax.random.uniform(key, (batch_size,), minval=math.log(low), maxval=math.log(high)))
+
+        if config.training_horizons is not None:
+            low, high = config.training_horizons
+            drawn["normalizer_horizon"] = uniform_in_log(horizon, low, high + 1).astype(jnp.int32)
+        if config.training_dilution is not None:
+            segments, most = config.training_dilution
+            drawn["dilution"] = jax.random.randint(after, (batch_size,), 1, segments + 1, jnp.int32), uniform_in_log(factor, 1, most)
+        return drawn
+
+    def _read_segment_by_segment(self, tokens_BT, state: InfiniState, segment_ids_BT, drawn) -> tuple[jax.Array, InfiniState]:
         """`hidden` with all layers of a segment before the next."""
         (B, T), C = tokens_BT.shape, self.config.segment
         if segment_ids_BT is None:
@@ -182,7 +194,7 @@ class Infini(nnx.Module):
 
         @jax.checkpoint
         def read(state, piece):
-            hidden_BCD, state = self._read(piece[0], state, piece[1], horizon_B, within=True)
+            hidden_BCD, state = self._read(piece[0], state, piece[1], drawn, within=True)
             return state, hidden_BCD
 
         state, hidden_NBCD = jax.lax.scan(read, state, pieces)
@@ -190,11 +202,11 @@ class Infini(nnx.Module):
         hidden_NBCD = hidden_NBCD.at[0].set(jnp.take_along_axis(hidden_NBCD[0], back_BC1, axis=1))
         return attention.unlay(hidden_NBCD, held_B, T), state
 
-    def _read(self, tokens_BT, state: InfiniState, segment_ids_BT, horizon_B, *, within: bool) -> tuple[jax.Array, InfiniState]:
+    def _read(self, tokens_BT, state: InfiniState, segment_ids_BT, drawn, *, within: bool) -> tuple[jax.Array, InfiniState]:
         """`hidden`, layer by layer."""
         config = self.config
         place, next_cursor = cursor.advance(state.cursor, tokens_BT.shape[1], segment_ids_BT)
-        call, slot_BM, slots, owner = begin_call(config, state.cursor, place, state.slots, state.owner, within=within, horizon_B=horizon_B)
+        call, slot_BM, slots, owner = begin_call(config, state.cursor, place, state.slots, state.owner, within=within, drawn=drawn)
 
         def layer(x_BTD, block_and_state):
             block, cache, memory = block_and_state

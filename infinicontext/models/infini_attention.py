@@ -9,7 +9,7 @@ memory (nn/compressive_memory.py) recalls for the query without its position.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class InfiniConfig:
     memory_epsilon: float = 1e-6  # least denominator of what is read
     normalizer_horizon: int | None = None  # whole segments of a document after which its normalizer stands still (delta rule); None: never
     training_horizons: tuple[int, int] | None = None  # in training each row has a horizon of its own, drawn from the first to the second
+    training_dilution: tuple[int, int] | None = None  # in training a document's first segments, up to so many, count up to so often
     gate: Literal["learned", "closed"] = "learned"  # closed: 0 for all heads, the control without memory
     gate_init: float = 0.0  # logit
     detach_every: int = 0  # gradients do not flow back through the memory beyond every so many segments; 0: they do
@@ -76,6 +77,8 @@ class InfiniConfig:
             raise UserError(f"model.gate_init is {self.gate_init}; it must be from -10 to 10, because beyond a gate hardly moves")
         if self.training_horizons is not None and not 1 <= self.training_horizons[0] <= self.training_horizons[1]:
             raise UserError(f"model.training_horizons is {self.training_horizons}; it must be two numbers, 1 or more, the smaller first")
+        if self.training_dilution is not None and min(self.training_dilution) < 1:
+            raise UserError(f"model.training_dilution is {self.training_dilution}; it must be two numbers, 1 or more: segments, factor")
         if self.detach_every < 0:
             raise UserError(f"model.detach_every is {self.detach_every}; it must be 0 or more")
         if self.head_dim is None and self.dim % self.heads:
@@ -121,7 +124,7 @@ class InfiniConfig:
     @property
     def has_dropout(self) -> bool:
         """Whether training draws random numbers."""
-        return self.training_horizons is not None
+        return self.training_horizons is not None or self.training_dilution is not None
 
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token's forward pass, averaged over a sequence of `length`; multiply and add count as two."""
@@ -192,15 +195,17 @@ def begin_call(
     owner: Owner,
     *,
     within: bool,
-    horizon_B: jax.Array | None = None,
+    drawn: dict[str, Any] | None = None,
 ) -> tuple[Call, jax.Array, Slots, Owner]:
-    """What the layers need to know -> that, the slots that the M tokens are written to [B, M], what slots hold then, and the owner then."""
+    """What the layers need to know -> that, the slots that the M tokens are written to [B, M], what slots hold then, and the owner then.
+
+    What is `drawn` in training are options of compressive_memory.segments.
+    """
     (B, T), S = place.index_BT.shape, config.span
     shards = 1 if within else context.shard_count(T)
     held_B = None if cursor.at_start(before) else before.count_B % config.segment
     where = (place, owner, before.document_B, config.segment)
-    horizon = config.normalizer_horizon if horizon_B is None else horizon_B
-    options = {"normalizer_horizon": horizon, "detach_every": config.detach_every}
+    options = {"normalizer_horizon": config.normalizer_horizon, "detach_every": config.detach_every} | (drawn or {})
     if shards == 1:
         memory_segments, owner = segments(*where, within=within, fresh=held_B is None, **options)
     else:

@@ -57,6 +57,7 @@ class Segments(NamedTuple):
     counts_NB: jax.Array  # bool, the segment's keys count in the normalizer
     completes_NB: jax.Array  # bool, the segment is complete after the call
     detaches_NB: jax.Array  # bool, no gradient flows back from what comes after the segment
+    growth_NB: jax.Array | None  # float32, what the memory is multiplied by after the segment; None: by 1
 
 
 def empty_memory(batch_size: int, heads: int, key_size: int, value_size: int, dtype: jnp.dtype) -> Memory:
@@ -79,6 +80,7 @@ def segments(
     within: bool,
     fresh: bool = False,
     normalizer_horizon: jax.Array | int | None = None,
+    dilution: tuple[jax.Array, jax.Array] | None = None,
     detach_every: int = 0,
 ) -> tuple[Segments, Owner]:
     """Where a call's tokens stand in the grid of segments.
@@ -91,6 +93,7 @@ def segments(
       within: whether no row's tokens go on beyond the segment they begin in; then N = 1 and C = T, otherwise C = segment.
       fresh: whether the tokens are known to be the first of their rows, which saves a segment.
       normalizer_horizon: after so many whole segments of a document the normalizer stands still, a number or int32 [B]; None: never.
+      dilution: after how many whole segments of a document its memory is multiplied, int32 [B], and by what, float32 [B]; None: never.
       detach_every: gradients do not flow back through the memory beyond every so many segments of the grid; 0: they do.
 
     Returns:
@@ -114,6 +117,7 @@ def segments(
     changed_NB = jax.lax.cummax(jnp.where(keeps_NB, -owner.segments_B[None], numbers_N1 + inside_NB.astype(jnp.int32)), axis=0)
     held_NB = numbers_N1 - changed_NB
     counts_NB = jnp.ones_like(keeps_NB) if normalizer_horizon is None else held_NB < jnp.atleast_2d(normalizer_horizon)
+    growth_NB = None if dilution is None else jnp.where(held_NB + 1 == dilution[0][None], dilution[1][None], 1)
 
     read_B = jnp.max(jnp.where(place.document_BT > 0, jnp.arange(1, T + 1, dtype=jnp.int32)[None], 0), axis=1)
     complete_1B = ((held_B + read_B) // segment)[None]
@@ -134,6 +138,7 @@ def segments(
         counts_NB,
         completes_NB,
         detaches_NB,
+        growth_NB,
     ), after
 
 
@@ -276,6 +281,8 @@ def _next(held_BG: jax.Array, open_BG: jax.Array, segment: Segments, written_BG:
     """Matrix or normalizer, and the open segment's part of it, after a segment or a part of one."""
     written_BG += _where(segment.continues_NB, open_BG)
     complete_BG = _where(segment.keeps_NB, held_BG) + written_BG
+    if segment.growth_NB is not None:
+        complete_BG *= segment.growth_NB.reshape(-1, *(1,) * (complete_BG.ndim - 1))
     complete_BG = _where(segment.detaches_NB, jax.lax.stop_gradient(complete_BG), complete_BG)
     return _where(segment.completes_NB, complete_BG, held_BG), _where(~segment.completes_NB, written_BG)
 
