@@ -396,7 +396,7 @@ class Beacon(nnx.Module):
         rows_of = lambda tokens: _joined(tokens, beacon_rows(config, tokens, ratio_XC, P))
         source, valid = kept_rows(config, rows_of(numbered(jnp.zeros_like(ratio_XC))), C, end)
         count_NB = unflat(jnp.sum(valid, axis=1, dtype=jnp.int32))
-        used_NB = jnp.cumsum(count_NB, axis=0) - count_NB
+        used_NB = jnp.cumsum(count_NB, axis=0, dtype=jnp.int32) - count_NB
         begin_NBC = chunk_of(config, place_NBC.index_BT - place_NBC.position_BT)
         begun_NBC = jax.vmap(jnp.take, (1, 1), 1)(used_NB, begin_NBC)
         held_NBC = jnp.where(place_NBC.document_BT > 0, used_NB[..., None] - begun_NBC, 0)
@@ -445,7 +445,7 @@ class Beacon(nnx.Module):
         S = state.rows.order.shape[1]
         latest_BS = (
             jnp.full((B, S), -1, jnp.int32)
-            .at[jnp.arange(B)[None, :, None], slot_NBR]
+            .at[jnp.arange(B, dtype=jnp.int32)[None, :, None], slot_NBR]
             .max(jnp.arange(N, dtype=jnp.int32)[:, None, None] * R + jnp.arange(R, dtype=jnp.int32)[None, None], mode="drop")
         )
         pick = lambda x_BY: jnp.take_along_axis(x_BY, jnp.maximum(latest_BS, 0).reshape(B, S, *(1,) * (x_BY.ndim - 2)), axis=1)
@@ -455,7 +455,7 @@ class Beacon(nnx.Module):
         return hidden_BTD, BeaconState(
             next_cursor,
             attention.write(state.document_BM, memory_document_BM, slot_BM),
-            jnp.sum(count_NB, axis=0),
+            jnp.sum(count_NB, axis=0, dtype=jnp.int32),
             at_last(unflat(end.document)),
             at_last(held_NB + count_NB),
             Rows(*(latest(by_row(x)) for x in rows)),

@@ -270,7 +270,7 @@ def compact(keep_BY: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     B, Y = keep_BY.shape
     number_BY = jnp.where(keep_BY, jnp.cumsum(keep_BY, axis=1, dtype=jnp.int32) - 1, count)
     columns_BY = jnp.broadcast_to(jnp.arange(Y, dtype=jnp.int32)[None], (B, Y))
-    source_BX = jnp.zeros((B, count), jnp.int32).at[jnp.arange(B)[:, None], number_BY].set(columns_BY, mode="drop")
+    source_BX = jnp.zeros((B, count), jnp.int32).at[jnp.arange(B, dtype=jnp.int32)[:, None], number_BY].set(columns_BY, mode="drop")
     return source_BX, jnp.arange(count, dtype=jnp.int32)[None] < jnp.sum(keep_BY, axis=1, keepdims=True, dtype=jnp.int32)
 
 
