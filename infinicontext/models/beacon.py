@@ -61,10 +61,11 @@ class BeaconState(NamedTuple):
 
 
 class Projections(nnx.Module):
-    """Queries, keys and values of tokens, or of beacons."""
+    """Queries, keys and values, not rotated."""
 
-    def __init__(self, config: BeaconConfig, group: str, rngs: nnx.Rngs):
+    def __init__(self, config: BeaconConfig, rngs: nnx.Rngs, group: str):
         D, H, G, K = config.dim, config.heads, config.kv_head_count, config.head_size
+        self.config = config
         self.q = normal(rngs(), (D, H, K), ("embed", "heads", None), D**-0.5, group)
         self.k = normal(rngs(), (D, G, K), ("embed", "kv_heads", None), D**-0.5, group)
         self.v = normal(rngs(), (D, G, K), ("embed", "kv_heads", None), D**-0.5, group)
@@ -73,23 +74,24 @@ class Projections(nnx.Module):
             self.k_bias = constant(0, (G, K), ("kv_heads", None), group)
             self.v_bias = constant(0, (G, K), ("kv_heads", None), group)
 
-    def __call__(self, x_BRD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q_BRHK, k_BRGK and v_BRGK, not rotated."""
+    def project(self, x_BRD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x_BRD -> q_BRHK, k_BRGK and v_BRGK."""
         dtype = x_BRD.dtype
-        projected = [jnp.einsum("brd,dhk->brhk", x_BRD, use(w, dtype)) for w in (self.q, self.k, self.v)]
-        if hasattr(self, "q_bias"):
-            projected = [x + use(b, dtype)[None, None] for x, b in zip(projected, (self.q_bias, self.k_bias, self.v_bias))]
-        return tuple(projected)
+        q_BRHK, k_BRGK, v_BRGK = (jnp.einsum("brd,dhk->brhk", x_BRD, use(w, dtype)) for w in (self.q, self.k, self.v))
+        if self.config.attention_bias:
+            q_BRHK += use(self.q_bias, dtype)[None, None]
+            k_BRGK += use(self.k_bias, dtype)[None, None]
+            v_BRGK += use(self.v_bias, dtype)[None, None]
+        return q_BRHK, k_BRGK, v_BRGK
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention of rows, the last of which are beacons."""
+class Attention(Projections):
+    """The projections of grouped-query attention, some of which beacons have of their own. Of the rows, beacons are the last."""
 
     def __init__(self, config: BeaconConfig, rngs: nnx.Rngs):
         D, H, K = config.dim, config.heads, config.head_size
-        self.config = config
-        self.tokens = Projections(config, "default", rngs)
-        self.beacons = Projections(config, "beacon", rngs)
+        super().__init__(config, rngs, "default")
+        self.beacons = Projections(config, rngs, "beacon")
         std = (2 * config.layers * H * K) ** -0.5
         self.o = normal(rngs(), (H, K, D), ("heads", None, "embed"), std)
         if config.beacon_output:
@@ -100,9 +102,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
             self.k_norm = RMSNorm(K, epsilon=config.norm_epsilon, axis=None)
 
-    def project(self, x_BRD: jax.Array, tokens: int, turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rotated(self, x_BRD: jax.Array, tokens: int, turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys, rotated, and values; the first `tokens` rows are tokens."""
-        of_both = zip(self.tokens(x_BRD[:, :tokens]), self.beacons(x_BRD[:, tokens:]))
+        of_both = zip(self.project(x_BRD[:, :tokens]), self.beacons.project(x_BRD[:, tokens:]))
         q_BRHK, k_BRGK, v_BRGK = (jnp.concatenate(pair, axis=1) for pair in of_both)
         if self.config.qk_norm:
             q_BRHK, k_BRGK = self.q_norm(q_BRHK), self.k_norm(k_BRGK)
@@ -130,9 +132,9 @@ class Block(nnx.Module):
             config.dim, config.feed_forward_size, config.dtype, (2 * config.layers) ** -0.5, rngs, bias=config.feed_forward_bias
         )
 
-    def project(self, x_BRD: jax.Array, tokens: int, turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `Attention`."""
-        return self.attention.project(self.attention_norm(x_BRD), tokens, turns)
+    def rotated(self, x_BRD: jax.Array, tokens: int, turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the norm of x."""
+        return self.attention.rotated(self.attention_norm(x_BRD), tokens, turns)
 
     def finish(self, x_BRD: jax.Array, o_BRHK: jax.Array, tokens: int) -> jax.Array:
         """What the heads have read, added to x, and the feed-forward."""
@@ -147,7 +149,7 @@ class Beacon(nnx.Module):
     def __init__(self, config: BeaconConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.dim, tied=config.tied_embeddings, dtype=config.dtype, rngs=rngs)
-        self.beacon = normal(rngs(), (config.dim,), ("embed",), config.dim**-0.5 if config.tied_embeddings else 1.0, "beacon")
+        self.beacon = normal(rngs(), (1, config.dim), (None, "embed"), config.dim**-0.5 if config.tied_embeddings else 1.0, "beacon")
         self.blocks = stack(lambda rngs: Block(config, rngs), config.layers, rngs)
         self.norm = RMSNorm(config.dim, epsilon=config.norm_epsilon)
 
@@ -294,7 +296,7 @@ class Beacon(nnx.Module):
 
         def layer(x_BRD, block_and_state):
             block, memory, open = block_and_state
-            q_BRHK, k_BRGK, v_BRGK = block.project(x_BRD, tokens, turns)
+            q_BRHK, k_BRGK, v_BRGK = block.rotated(x_BRD, tokens, turns)
             parts = [(*cache, seen_BRS) for cache, seen_BRS in zip((memory, open, Cache(k_BRGK, v_BRGK)), seen)]
             x_BRD = block.finish(x_BRD, attention.attend_parts(q_BRHK, parts), tokens)
             return x_BRD, Cache(k_BRGK, v_BRGK)
@@ -317,7 +319,7 @@ class Beacon(nnx.Module):
 
     def _beacons(self, batch_size: int, count: int) -> jax.Array:
         """What enters the first layer, [B, N, D]."""
-        return jnp.broadcast_to(use(self.beacon, self.config.dtype)[None, None], (batch_size, count, self.config.dim))
+        return jnp.broadcast_to(use(self.beacon, self.config.dtype)[None], (batch_size, count, self.config.dim))
 
     def _append(self, state: BeaconState, end: End) -> BeaconState:
         """Reads the beacons of rows whose chunk is complete."""
@@ -416,7 +418,7 @@ class Beacon(nnx.Module):
             return Cache(moved(config, k, distance, plan_X), v)
 
         def layer(x, block, queries=R):
-            q, k, v = block.project(x, C, turns)
+            q, k, v = block.rotated(x, C, turns)
             memory = jax.tree.map(by_row, keep(k, v))
 
             def one_chunk(xs):
