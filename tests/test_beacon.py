@@ -241,5 +241,10 @@ def test_capacity():
 def test_refused(field, value, allowed):
     with pytest.raises(UserError, match=rf"model\.{field} is .*{allowed}"):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_refused_together():
     with pytest.raises(UserError, match=r"model\.positions is None"):
         dataclasses.replace(CONFIG, choose="by_length")
+    with pytest.raises(UserError, match=r"model\.stride is 4; .* without sinks"):
+        dataclasses.replace(CONFIG, placement="append", stride=4, sinks=1)
