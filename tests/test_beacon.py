@@ -246,5 +246,5 @@ def test_refused(field, value, allowed):
 def test_refused_together():
     with pytest.raises(UserError, match=r"model\.positions is None"):
         dataclasses.replace(CONFIG, choose="by_length")
-    with pytest.raises(UserError, match=r"model\.stride is 4; .* without sinks"):
+    with pytest.raises(UserError, match=r"model\.stride is 4; .*without sinks"):
         dataclasses.replace(CONFIG, placement="append", stride=4, sinks=1)

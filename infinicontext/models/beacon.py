@@ -140,7 +140,7 @@ class Block(nnx.Module):
         """What the heads have read, added to x, and the feed-forward."""
         x_BRD = x_BRD + self.attention.output(o_BRHK, tokens)
         x_BRD = x_BRD + self.feed_forward(self.feed_forward_norm(x_BRD))
-        return constrain(x_BRD, ("batch", "context", None))
+        return constrain(x_BRD, ("batch", None, None))
 
 
 class Beacon(nnx.Module):
@@ -215,6 +215,9 @@ class Beacon(nnx.Module):
         config, (B, T) = self.config, tokens_BT.shape
         if T == 0:
             return jnp.zeros((B, T, config.dim), config.dtype), state
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.shape["context"] > 1:
+            raise UserError(f"mesh.context is {mesh.shape['context']}; with beacons, which are read chunk after chunk, it must be 1")
         room_B = self.room(state)
         require_room(room_B, T if segment_ids_BT is None else jnp.sum(segment_ids_BT > 0, axis=1))
         place, _ = cursor.advance(state.cursor, T, segment_ids_BT)

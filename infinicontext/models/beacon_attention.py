@@ -77,7 +77,7 @@ class BeaconConfig:
                 f'model.stride is {self.stride}; it must be at most model.chunk, {self.chunk}, with model.placement "append", else None'
             )
         if self.step < self.chunk and (self.sinks or 0 in self.ratios):
-            raise UserError(f"model.stride is {self.stride}; less than model.chunk, {self.chunk}, goes without sinks and without ratios of 0")
+            raise UserError(f"model.stride is {self.stride}; less than model.chunk, {self.chunk}, it goes without sinks and ratios of 0")
         if not self.ratios or any(ratio < 0 or (ratio and self.step % ratio) for ratio in self.ratios):
             raise UserError(f"model.ratios is {self.ratios}; it must be numbers that divide the chunk's {self.step} tokens, or 0")
         if self.choose == "by_length" and (self.positions is None or self.positions <= self.chunk):
