@@ -161,9 +161,7 @@ def make_parser() -> Parser:
     text = "--to fam: what the memory begins as, the embeddings of tokens drawn at random (default) or random numbers of their size"
     command.add_argument("--prompt", choices=get_args(weights.Prompt), help=text)
     command.add_argument("--chunk", type=int, help="--to beacon gives a Transformer beacons: tokens per chunk; default: 1024")
-    command.add_argument(
-        "--ratios", type=int, nargs="+", help="--to beacon: tokens per beacon in a text's chunks, in turn; default: 8"
-    )
+    command.add_argument("--ratios", type=int, nargs="+", help="--to beacon: tokens per beacon in a text's chunks, in turn; default: 8")
     command.add_argument("--beacon-token", type=int, help="--to beacon: the token whose embedding beacons begin with; default: end of text")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
@@ -171,7 +169,7 @@ def make_parser() -> Parser:
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)
@@ -374,10 +372,11 @@ def run_bench(options: argparse.Namespace) -> None:
     """infinicontext bench cema|timestep_norm|megalodon|infini|fam [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
+    from infinicontext.bench_beacon import bench_beacon
     from infinicontext.bench_fam import bench_fam
     from infinicontext.bench_infini import bench_infini
 
-    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam})[options.what](
+    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon})[options.what](
         Size(options.batch, options.length, options.dim, options.rounds)
     )
 
