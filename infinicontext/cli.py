@@ -152,7 +152,7 @@ def make_parser() -> Parser:
     command.add_argument("source", type=pathlib.Path, metavar="SRC", help="a run folder or a Hugging Face folder")
     command.add_argument("target", type=pathlib.Path, metavar="DST", help="a new folder")
     command.add_argument(
-        "--to", choices=("run", "huggingface", "megalodon", "infini", "fam"), help="default: run, and for a run huggingface"
+        "--to", choices=("run", "huggingface", "megalodon", "infini", "fam", "beacon"), help="default: run, and for a run huggingface"
     )
     command.add_argument("--segment", type=int, help="--to infini gives a Transformer a memory: tokens per segment; default: 2048")
     command.add_argument("--block", type=int, help="--to fam gives a Transformer feedback memory: tokens per block; default: 1024")
@@ -160,13 +160,16 @@ def make_parser() -> Parser:
     command.add_argument("--fam-length", type=int, help="--to fam: rows of feedback memory, 0 for none; default: 64")
     text = "--to fam: what the memory begins as, the embeddings of tokens drawn at random (default) or random numbers of their size"
     command.add_argument("--prompt", choices=get_args(weights.Prompt), help=text)
+    command.add_argument("--chunk", type=int, help="--to beacon gives a Transformer beacons: tokens per chunk; default: 1024")
+    command.add_argument("--ratios", type=int, nargs="+", help="--to beacon: tokens per beacon in a text's chunks, in turn; default: 8")
+    command.add_argument("--beacon-token", type=int, help="--to beacon: the token whose embedding beacons begin with; default: end of text")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
     command.add_argument("--shards", type=int, metavar="N", help="--to megalodon: the model-parallel size; default: 1")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)
@@ -307,14 +310,16 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """infinicontext convert SRC DST [--to run|huggingface|megalodon|infini|fam]"""
+    """infinicontext convert SRC DST [--to run|huggingface|megalodon|infini|fam|beacon]"""
     from_run = weights.is_run(options.source)
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
-    for field, kind in (("segment", "infini"), *((field, "fam") for field in ("block", "memory_blocks", "fam_length", "prompt"))):
+    kinds = {"segment": "infini"} | dict.fromkeys(("block", "memory_blocks", "fam_length", "prompt"), "fam")
+    kinds |= dict.fromkeys(("chunk", "ratios", "beacon_token"), "beacon")
+    for field, kind in kinds.items():
         if getattr(options, field) is not None and to != kind:
             raise UserError(f"--{field.replace('_', '-')} is {getattr(options, field)}; it goes with --to {kind}")
-    if not from_run and to not in ("run", "infini", "fam"):
+    if not from_run and to not in ("run", "infini", "fam", "beacon"):
         raise UserError(f"{options.source} is no run folder; convert it to one first, --to run")
     if options.dtype and to != "huggingface":
         raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
@@ -331,9 +336,10 @@ def run_convert(options: argparse.Namespace) -> None:
         elif to == "megalodon":
             weights.to_megalodon(options.source, options.target, mesh, step=options.step, shards=shards)
         else:
-            grow = {"infini": with_memory, "fam": with_feedback_memory}.get(to)
+            grow = {"infini": with_memory, "fam": with_feedback_memory, "beacon": with_beacons}.get(to)
             grow = grow and functools.partial(grow, options)
             how = {"step": options.step, "rope": options.rope, "grow": grow, "prompt": options.prompt or "tokens"}
+            how["beacon_token"] = options.beacon_token
             weights.to_run(options.source, options.target, mesh, **how, command=options.line)
     print(options.target)
 
@@ -342,6 +348,12 @@ def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -
     """What --to infini makes of a Transformer: gates begin nearly closed, and the linear rule is written by."""
     segment = 2048 if options.segment is None else options.segment
     return models.InfiniConfig.of(config, segment=segment, update="linear", empty_memory="bypass", gate_init=-3.0)
+
+
+def with_beacons(options: argparse.Namespace, config: models.TransformerConfig) -> models.BeaconConfig:
+    """What --to beacon makes of a Transformer."""
+    chunk = 1024 if options.chunk is None else options.chunk
+    return models.BeaconConfig.of(config, chunk=chunk, ratios=tuple(options.ratios or (8,)))
 
 
 def with_feedback_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.FamConfig:
@@ -360,10 +372,11 @@ def run_bench(options: argparse.Namespace) -> None:
     """infinicontext bench cema|timestep_norm|megalodon|infini|fam [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
+    from infinicontext.bench_beacon import bench_beacon
     from infinicontext.bench_fam import bench_fam
     from infinicontext.bench_infini import bench_infini
 
-    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam})[options.what](
+    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon})[options.what](
         Size(options.batch, options.length, options.dim, options.rounds)
     )
 

@@ -88,7 +88,7 @@ def test_packed_equals_separate(name):
                 alone_BT = np.roll(tokens_BT[[row, row]], size - end, axis=1)
                 alone_ids_BT = np.tile((np.arange(LENGTH) < size).astype(np.int32), (BATCH, 1))
                 # Where the row stands matters to those whose grid counts all its tokens; to the others it must not.
-                for count in {end - size} if name.startswith(("Infini", "Fam")) else {0, end - size}:
+                for count in {end - size} if name.startswith(("Infini", "Fam", "Beacon")) else {0, end - size}:
                     state = empty(model)
                     state = state._replace(cursor=state.cursor._replace(count_B=jnp.full(BATCH, count, jnp.int32)))
                     alone_BTD, _ = step(alone_BT, state, alone_ids_BT)

@@ -9,6 +9,8 @@ from flax import nnx
 
 from infinicontext.errors import UserError
 from infinicontext.models.adapted import Adapted, AdaptedConfig
+from infinicontext.models.beacon import Beacon
+from infinicontext.models.beacon_attention import BeaconConfig
 from infinicontext.models.fam import Fam
 from infinicontext.models.fam_attention import FamConfig
 from infinicontext.models.infini import Infini
@@ -18,13 +20,19 @@ from infinicontext.models.megalodon_classifier import MegalodonClassifier, Megal
 from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer, TransformerConfig
 
-MODELS: dict[type, type] = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini, FamConfig: Fam}
+MODELS: dict[type, type] = {
+    TransformerConfig: Transformer,
+    MegalodonConfig: Megalodon,
+    InfiniConfig: Infini,
+    FamConfig: Fam,
+    BeaconConfig: Beacon,
+}
 # These read a row as a whole: the laws of streams are not for them.
 CLASSIFIERS: dict[type, type] = {MegalodonClassifierConfig: MegalodonClassifier}
 # These are one of the models with more parameters, and read as it does.
 ADAPTED: dict[type, type] = {AdaptedConfig: Adapted}
 
-ModelConfig = TransformerConfig | MegalodonConfig | InfiniConfig | FamConfig | MegalodonClassifierConfig | AdaptedConfig
+ModelConfig = TransformerConfig | MegalodonConfig | InfiniConfig | FamConfig | BeaconConfig | MegalodonClassifierConfig | AdaptedConfig
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> Model:

@@ -8,7 +8,7 @@ so that rings, packed documents and rows of unequal length need no masks of thei
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import chex
@@ -137,6 +137,44 @@ def _attend(q_BHTK, k_BGSK, v_BGSK, seen_BTS, *, scale: float | None, dropout: D
         weights_BGRTS = jnp.where(kept_BGRTS, weights_BGRTS if dropout.mode == "dropkey" else weights_BGRTS / (1 - dropout.rate), 0)
     o_BGRTK = jnp.einsum("bgrts,bgsk->bgrtk", weights_BGRTS.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=wide)
     return (o_BGRTK / total_BGRT1).reshape(B, H, T, -1).astype(q_BHTK.dtype)
+
+
+def attend_parts(
+    q_BTHK: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]], *, scale: float | None = None, block: int | None = None
+) -> jax.Array:
+    """`attend` over keys that lie in several arrays, which are not copied into one.
+
+    Args:
+      q_BTHK: rotated queries.
+      parts: k_BSGK, v_BSGK and seen_BTS of each array; S may be 0.
+      scale: as in `attend`.
+      block: queries at a time; None chooses.
+
+    Returns:
+      o_BTHK in q's dtype.
+    """
+    (B, T, H, K), wide = q_BTHK.shape, at_least_float32(q_BTHK.dtype)
+    parts = [part for part in parts if part[0].shape[1]]
+    block = _default_block() if block is None else block
+    G = parts[0][0].shape[2]
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    keys = [(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)) for k, v, _ in parts]
+
+    def one_block(q_BCHK, seen):
+        q_BGRCK = jnp.moveaxis(q_BCHK, 2, 1).reshape(B, G, H // G, -1, K)
+        logits = [product("bgrck,bgsk->bgrcs", q_BGRCK, k_BGSK) for k_BGSK, _ in keys]
+        factor = jnp.asarray(K**-0.5 if scale is None else scale, wide)
+        logits = [jnp.where(seen_BCS[:, None, None], x * factor, jnp.finfo(wide).min) for x, seen_BCS in zip(logits, seen)]
+        highest_BGRC1 = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))
+        weights = [jnp.exp(x - jax.lax.stop_gradient(highest_BGRC1)) for x in logits]
+        total_BGRC1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+        o_BGRCK = sum(product("bgrcs,bgsk->bgrck", x.astype(v.dtype), v) for x, (_, v) in zip(weights, keys))
+        return jnp.moveaxis((o_BGRCK / total_BGRC1).reshape(B, H, -1, K), 1, 2).astype(q_BCHK.dtype)
+
+    seen = tuple(part[2] for part in parts)
+    if block >= T:
+        return one_block(q_BTHK, seen)
+    return _join(jax.lax.map(lambda xs: jax.checkpoint(one_block)(*xs), (_split(q_BTHK, block), _split(seen, block))), T)
 
 
 def attend_one(

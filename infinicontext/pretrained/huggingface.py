@@ -1,9 +1,11 @@
-"""Weights of Hugging Face checkpoints (config.json and safetensors) in and out, without torch or transformers.
+"""Weights of Hugging Face checkpoints (config.json and safetensors) in and out, without torch or transformers; also of the official code
+of Activation Beacon, whose checkpoints are those of Hugging Face with tensors for beacons.
 
 Shape letters: D channels, H query heads, G key/value heads, K head size, F feed-forward size, L layers, V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -20,7 +22,10 @@ from safetensors.numpy import save_file
 from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.files import new_folder, read_json
+from infinicontext.models.beacon import Beacon
+from infinicontext.models.beacon_attention import BeaconConfig
 from infinicontext.models.transformer import Transformer, TransformerConfig
+from infinicontext.pretrained.beacon_config import beacon_from_huggingface, beacon_to_huggingface, is_beacon
 from infinicontext.pretrained.huggingface_config import FAMILIES, Family, config_from_huggingface, config_to_huggingface, obstacles
 from infinicontext.pretrained.placement import Read, fill, parameter_paths
 
@@ -29,7 +34,7 @@ _COMPUTE_DTYPES, _STORED_DTYPES = ("float32", "bfloat16", "float64"), ("float32"
 # What weights cannot be read without; window, rotary scheme, dtype and remat may change.
 _OF_WEIGHTS = (
     *("vocab_size", "dim", "layers", "heads", "kv_head_count", "head_size", "feed_forward_size", "tied_embeddings"),
-    *("attention_bias", "output_bias", "feed_forward_bias", "qk_norm", "norm_epsilon"),
+    *("attention_bias", "output_bias", "feed_forward_bias", "qk_norm", "norm_epsilon", "beacon_output"),
 )
 _SLAB = 2**24  # bytes read at a time
 # Beside the weights: what a tokenizer, a chat template or a generation default needs.
@@ -53,7 +58,7 @@ class Source(NamedTuple):
     first_row: int = 0
 
 
-def sources(config: TransformerConfig, family: Family) -> dict[str, Source]:
+def sources(config: TransformerConfig | BeaconConfig, family: Family) -> dict[str, Source]:
     """The source of every parameter, by its path in our model."""
     layer = "model.layers.{}."
     found = {
@@ -81,6 +86,14 @@ def sources(config: TransformerConfig, family: Family) -> dict[str, Source]:
         found["blocks/attention/o_bias"] = Source(layer + "self_attn.o_proj.bias", (0,))
     if config.qk_norm:
         found |= {f"blocks/attention/{part}_norm/scale": Source(f"{layer}self_attn.{part}_norm.weight", (0,)) for part in ("q", "k")}
+    if isinstance(config, BeaconConfig):
+        found["beacon"] = Source("model.beacon_embed_tokens.weight", (0,), (1,))
+        for part in ("q", "k", "v"):
+            found[f"blocks/attention/beacons/{part}"] = Source(f"{layer}self_attn.beacon_{part}_proj.weight", (1, 2), (0,))
+            if config.attention_bias:
+                found[f"blocks/attention/beacons/{part}_bias"] = Source(f"{layer}self_attn.beacon_{part}_proj.bias", (0, 1))
+        if config.beacon_output:
+            found["blocks/attention/beacon_o"] = Source(layer + "self_attn.beacon_o_proj.weight", (2,), (0, 1))
     return found
 
 
@@ -102,19 +115,21 @@ def _tensor_shapes(parameters: dict[str, Any], where: dict[str, Source]) -> dict
 # --- In ---
 
 
-def read_config(path: str | pathlib.Path) -> TransformerConfig:
-    """The TransformerConfig of a checkpoint folder.
+def read_config(path: str | pathlib.Path) -> TransformerConfig | BeaconConfig:
+    """The config of a checkpoint folder's model.
 
     Raises:
       UserError: no config.json there, or one that is not supported.
     """
-    return config_from_huggingface(read_json(pathlib.Path(path) / "config.json"))
+    record = read_json(pathlib.Path(path) / "config.json")
+    backbone = config_from_huggingface(record)
+    return beacon_from_huggingface(record, backbone) if is_beacon(record) else backbone
 
 
 def load(
-    path: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | None = None, config: TransformerConfig | None = None
-) -> Transformer:
-    """Reads a checkpoint folder: Llama 1 to 3, Mistral, Qwen2, Qwen3, Phi-3.
+    path: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | None = None, config: TransformerConfig | BeaconConfig | None = None
+) -> Transformer | Beacon:
+    """Reads a checkpoint folder: Llama 1 to 3, Mistral, Qwen2, Qwen3, Phi-3, or one of these with beacons.
 
     Each device's slice is read by itself, one after another, so that with a mesh no host holds more than the slice being read.
 
@@ -131,12 +146,13 @@ def load(
     if dtype not in (None, *_COMPUTE_DTYPES):
         raise UserError(f"dtype is {dtype}; it must be one of {', '.join(_COMPUTE_DTYPES)}")
     family, config = read_json(path / "config.json")["model_type"], config or stored
-    differing = [name for name in _OF_WEIGHTS if getattr(config, name) != getattr(stored, name)]
+    of = lambda config, name: getattr(config, name, "no beacons")
+    differing = [name for name in _OF_WEIGHTS if of(config, name) != of(stored, name)]
     if differing:
-        found = (f"model.{name} {getattr(config, name)}, it has {getattr(stored, name)}" for name in differing)
+        found = (f"model.{name} {of(config, name)}, it has {of(stored, name)}" for name in differing)
         raise UserError(f"{path} cannot be read with {'; '.join(found)}")
     if dtype is not None:
-        config = TransformerConfig(**(vars(config) | {"dtype": dtype}))
+        config = dataclasses.replace(config, dtype=dtype)
     model = models.abstract(config)
     parameters, where = parameter_paths(model), sources(config, family)
     with contextlib.ExitStack() as closing:
@@ -226,7 +242,7 @@ def _reader(tensors: dict[str, Any], source: Source, shape: tuple[int, ...], dty
 
 
 def save(
-    model: Transformer,
+    model: Transformer | Beacon,
     path: str | pathlib.Path,
     *,
     like: str | pathlib.Path | None = None,
@@ -241,7 +257,7 @@ def save(
     (training/weights.py).
 
     Args:
-      model: a Transformer.
+      model: a Transformer, or one with beacons, which the official code of Activation Beacon loads.
       path: a new or empty folder.
       like: a folder of transformers that the model came from: its family, token ids, tokenizer and chat template are kept.
       family: what the model is written as; None: that of `like` if it can express the model, otherwise the first that can.
@@ -253,23 +269,26 @@ def save(
       UserError: transformers has no such model, or the folder cannot be written.
     """
     config, like = getattr(model, "config", None), like and pathlib.Path(like)
-    if not isinstance(config, TransformerConfig):
+    if not isinstance(config, TransformerConfig | BeaconConfig):
         raise UserError(f"transformers has no {type(model).__name__}; a run folder (convert --to run) keeps it in our own format")
     if dtype not in (None, *_STORED_DTYPES):
         raise UserError(f"dtype is {dtype}; it must be one of {', '.join(_STORED_DTYPES)}")
     if family not in (None, *FAMILIES):
         raise UserError(f"family is {family}; it must be one of {', '.join(FAMILIES)}")
     kept = read_json(like / "config.json") if like else {}
+    backbone = config.transformer if isinstance(config, BeaconConfig) else config
     if family is None:
         candidates = [kept["model_type"], *FAMILIES] if kept.get("model_type") in FAMILIES else FAMILIES
-        family = min(candidates, key=lambda family: len(obstacles(config, family)))
-    if found := obstacles(config, family):
+        family = min(candidates, key=lambda family: len(obstacles(backbone, family)))
+    if found := obstacles(backbone, family):
         reasons = f"{' and '.join(found)} cannot be written for transformers (as {family})"
         raise UserError(f"{reasons}; a run folder (convert --to run) keeps it in our own format")
 
     parameters, where = parameter_paths(model), sources(config, family)
     stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
-    record = config_to_huggingface(config, family, length, kept)
+    record = config_to_huggingface(backbone, family, length, kept)
+    if isinstance(config, BeaconConfig):
+        record |= beacon_to_huggingface(config)
     record["dtype" if "dtype" in record else "torch_dtype"] = stored.name
     shapes = _tensor_shapes(parameters, where)
     shards = _shards({name: math.prod(shape) * stored.itemsize for name, shape in shapes.items()}, shard_bytes)

@@ -160,7 +160,8 @@ def restore(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, step: int | N
 
 def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: int = 0) -> Model:
     """float32 parameters to begin training with, in a model with this config, which need not be the folder's: window, rotary scheme, dtype
-    and remat change no parameter. LoRA's adapters, the gates of Infini-attention and the prompt of FAM are made where the folder has none.
+    and remat change no parameter. LoRA's adapters, the gates of Infini-attention, the prompt of FAM and what beacons have of their own are
+    made where the folder has none.
 
     Raises:
       UserError: the parameters are not those of such a model.
@@ -169,22 +170,28 @@ def starting_model(folder: pathlib.Path, config: ModelConfig, mesh: Mesh, seed: 
     if type(stored) is not type(config):
         if isinstance(config, models.AdaptedConfig):
             return _grown(config, starting_model(folder, config.model, mesh), mesh, seed)
-        if isinstance(config, models.InfiniConfig | models.FamConfig):
-            if not is_official(folder):
-                _check_window(folder, stored or pretrained.read_config(folder), config)
-            return _grown(config, starting_model(folder, config.transformer, mesh), mesh, seed)
+        if isinstance(config, models.InfiniConfig | models.FamConfig | models.BeaconConfig):
+            before = stored if stored or is_official(folder) else pretrained.read_config(folder)
+            if type(before) is not type(config):
+                if not is_official(folder):
+                    _check_window(folder, before, config)
+                token = end_of_text(folder) if isinstance(config, models.BeaconConfig) else None
+                return _grown(config, starting_model(folder, config.transformer, mesh), mesh, seed, beacon_token=token)
         if isinstance(stored, models.AdaptedConfig):
             return merged(restore(folder, dataclasses.replace(stored, model=config), mesh)[1])
     if is_run(folder):
         return restore(folder, config, mesh)[1]
-    if not isinstance(config, models.TransformerConfig):
+    if not isinstance(config, models.TransformerConfig | models.BeaconConfig):
         kind = type(config).__name__.removesuffix("Config")
         raise UserError(f"start_from {folder} is no run folder of a {kind}; infinicontext convert makes one of an official checkpoint")
     return pretrained.load(folder, mesh, config=config)
 
 
-def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int, prompt: Prompt = "tokens") -> Model:
-    """A model with this config and another's parameters, by name; those that the other lacks are drawn. The other's are donated."""
+def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int, prompt: Prompt = "tokens", beacon_token: int | None = None) -> Model:
+    """A model with this config and another's parameters, by name; those that the other lacks are drawn. The other's are donated.
+
+    What beacons have of their own begins as a copy of what tokens have, and their embedding as that of a token.
+    """
 
     def grow(model: Model) -> Model:
         whole = models.build(config, nnx.Rngs(seed))
@@ -196,16 +203,25 @@ def _grown(config: ModelConfig, model: Model, mesh: Mesh, seed: int, prompt: Pro
         if isinstance(config, models.FamConfig) and config.fam_length and prompt == "tokens":
             tokens_F = jax.random.randint(jax.random.key(seed), (config.fam_length,), 0, config.vocab_size)
             whole.prompt[...] = whole.embedding(tokens_F[None])[0].astype(whole.prompt[...].dtype)
+        if isinstance(config, models.BeaconConfig):
+            attention = whole.blocks.attention
+            for name in ("q", "k", "v", *(("q_bias", "k_bias", "v_bias") if config.attention_bias else ())):
+                getattr(attention.beacons, name)[...] = getattr(attention, name)[...]
+            if config.beacon_output:
+                attention.beacon_o[...] = attention.o[...]
+            whole.beacon[...] = whole.embedding.table[...][beacon_token][None]
         return whole
 
     return jax.jit(grow, out_shardings=sharding.shardings(models.abstract(config), mesh), donate_argnums=0)(model)
 
 
-def _check_window(source: pathlib.Path, before: ModelConfig, config: models.InfiniConfig | models.FamConfig) -> None:
+def _check_window(source: pathlib.Path, before: ModelConfig, config: ModelConfig) -> None:
     """Raises UserError if a Transformer's tokens do not see what they will see with this config's softmax attention, and may so far."""
     before = before.model if isinstance(before, models.AdaptedConfig) else before
     if getattr(before, "attention", "full") == "full":
         return
+    if isinstance(config, models.BeaconConfig):
+        raise UserError(f"{source}: its tokens see a window only; beacons are for a Transformer with full attention")
     blocks = lambda config: (config.block, config.memory_blocks)
     if before.attention == "block_window" and isinstance(config, models.FamConfig):
         if blocks(before) != blocks(config):
@@ -229,6 +245,12 @@ def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
     return ()
 
 
+def end_of_text(folder: pathlib.Path) -> int:
+    """The id of a token that beacons may begin as: of a folder's end of text or, without one, 0."""
+    kept = folder / KEPT if is_run(folder) else folder
+    return next(iter(stop_ids(kept)), 0)
+
+
 def _read_or_nothing(path: pathlib.Path) -> dict:
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -244,14 +266,16 @@ def to_run(
     *,
     step: int | None = None,
     rope: Rope | None = None,
-    grow: Callable[[models.TransformerConfig], models.InfiniConfig | models.FamConfig] | None = None,
+    grow: Callable[[models.TransformerConfig], models.InfiniConfig | models.FamConfig | models.BeaconConfig] | None = None,
     prompt: Prompt = "tokens",
+    beacon_token: int | None = None,
     command: str = "",
 ) -> None:
     """Makes a run folder with nothing but parameters: of a pretrained folder (`rope` as in `load_model`), at step 0, or of a run.
 
     With `grow` the model, which must be a Transformer, gets the memory of the config which `grow` makes of its own. `prompt` is what FAM
-    begins as: embeddings of tokens, which attention is used to, or random numbers of their size.
+    begins as: embeddings of tokens, which attention is used to, or random numbers of their size. `beacon_token` is the token whose
+    embedding beacons begin with; None: the end of a text.
 
     Raises:
       UserError: the source cannot be read, is no Transformer or one with another window, or the target is not new.
@@ -271,7 +295,10 @@ def to_run(
             _check_window(source, model.config, config)
             # What was trained before need not be a part of this model.
             optimizer = dataclasses.replace(experiment.optimizer, train=(), groups=())
-            model = _grown(config, model, mesh, 0, prompt)
+            token = end_of_text(source) if beacon_token is None else beacon_token
+            if not 0 <= token < config.vocab_size:
+                raise UserError(f"--beacon-token is {token}; it must be from 0 to {config.vocab_size - 1}, the model's last token")
+            model = _grown(config, model, mesh, 0, prompt, token)
             experiment = dataclasses.replace(experiment, model=config, optimizer=optimizer)
         keep_files(source, folder)
         checkpoints = Checkpoints(folder, keep=1)

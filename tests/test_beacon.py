@@ -1,0 +1,250 @@
+"""Activation Beacon against the official code, its two ways of reading, and its properties (test_stream_law.py has more)."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from infinicontext import models, pretrained
+from infinicontext.errors import UserError
+from infinicontext.models.beacon_attention import BeaconConfig, ratio_by_length
+from infinicontext.nn.rope import apply_rope, rotation
+
+INTERLEAVED = (
+    *("llama_il_basic", "llama_il_exact", "llama_il_batch2", "llama_il_stream", "llama_il_mixed", "llama_il_sink", "llama_il_raw_mix"),
+    *("llama_il_parallel2", "qwen2_il_basic", "qwen2_il_mixed", "qwen2_il_sink", "qwen2_il_stream"),
+)
+APPENDED = (
+    *("llama_ap_full", "llama_ap_step_prev", "llama_ap_step_noprev"),
+    *(
+        f"v1_llama_{scheme}{kind}"
+        for scheme in ("step_expansion", "full_coverage", "segmentation")
+        for kind in ("", "_noprev", "_halfstride")
+    ),
+)
+TOLERANCE = 1e-4  # of the reference data's README: float32 on both sides
+CONFIG = BeaconConfig(vocab_size=17, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24, chunk=8, ratios=(2,), remat=False)
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def tensors_of(path):
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+class Golden:
+    """One case, and a folder with its weights as the official code saves them."""
+
+    def __init__(self, golden, tmp_path, case):
+        self.tensors, meta = tensors_of(golden / "beacon" / f"{case}.safetensors")
+        weights = golden / "beacon" / meta["weights"]
+        record = json.loads(meta["config"] if "config" in meta else tensors_of(weights)[1]["config"])
+        if case.startswith("v1"):
+            record.setdefault("beacon_attend_previous", True)
+        shutil.copy(weights, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(record | {"beacon_ratio_mix": "sequence"}))
+        self.folder, self.record, self.model = tmp_path, record, pretrained.load(tmp_path)
+        self.tokens_BT = self["input_ids"]
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+    def start(self, model):
+        return model.init_state(len(self.tokens_BT), capacity=self.tokens_BT.shape[1])
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def read(model, tokens_BT, state):
+    logits_BTV, state = model(tokens_BT, state)
+    return logits_BTV, state
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", INTERLEAVED + APPENDED)
+def test_logits(golden, tmp_path, case):
+    """All at once, chunk by chunk, and in the pieces that the official code was fed."""
+    data = Golden(golden, tmp_path, case)
+    at_once = jax.jit(lambda model, tokens_BT: model(tokens_BT, data.start(model))[0], compiler_options=QUICK)
+    np.testing.assert_allclose(at_once(data.model, data.tokens_BT), data["logits"], atol=TOLERANCE)
+    by_chunk, _ = read(data.model, data.tokens_BT, data.start(data.model))
+    np.testing.assert_allclose(by_chunk, data["logits"], atol=TOLERANCE)
+    parts, state = [], data.start(data.model)
+    for part_BT in np.split(data.tokens_BT, [5, *range(6, data.tokens_BT.shape[1])], axis=1):
+        part_BTV, state = read(data.model, part_BT, state)
+        parts.append(part_BTV)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), data["logits"], atol=TOLERANCE)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["llama_il_basic", "llama_il_exact", "llama_il_mixed", "llama_il_sink", "qwen2_il_mixed", "llama_ap_full"])
+def test_memory(golden, tmp_path, case):
+    """What is kept, and where it stands: the official cache is not rotated."""
+    data = Golden(golden, tmp_path, case)
+    _, state = read(data.model, data.tokens_BT, data.start(data.model))
+    config = data.model.config
+    for layer in range(config.layers):
+        parts = {"k": [], "v": []}
+        for kind in ("sink", "beacon"):
+            for name in "kv":
+                stored = data.tensors.get(f"final.{kind}_{name}.{layer}")
+                if stored is not None and stored.size:
+                    parts[name].append(np.moveaxis(stored, 1, 2))
+        k_BMGK, v_BMGK = (np.concatenate(parts[name], axis=1) for name in "kv")
+        M = k_BMGK.shape[1]
+        turns = rotation(config.rope, config.head_size, np.arange(M, dtype=np.int32)[None], np.zeros(1, np.int32))
+        np.testing.assert_array_equal(state.used_B, M)
+        np.testing.assert_allclose(state.memory.k_BSGK[layer, :, :M], apply_rope(jnp.asarray(k_BMGK), *turns), atol=TOLERANCE)
+        np.testing.assert_allclose(state.memory.v_BSGK[layer, :, :M], v_BMGK, atol=TOLERANCE)
+
+
+@pytest.mark.golden
+def test_training(golden, tmp_path):
+    """Loss and gradients of all that beacons have; a document's last chunk has none."""
+    data = Golden(golden, tmp_path, "llama_train")
+    tokens_BT = data.tokens_BT
+
+    def loss(model):
+        hidden_BTD, _ = model.hidden(tokens_BT, data.start(model), dropout_key=jax.random.key(0))
+        logits_BTV = model.logits(hidden_BTD)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits_BTV[:, :-1]), tokens_BT[:, 1:, None], axis=2)), logits_BTV
+
+    (found, logits_BTV), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(data.model)
+    np.testing.assert_allclose(found, data["loss"][0], atol=TOLERANCE)
+    np.testing.assert_allclose(logits_BTV, data["logits"], atol=TOLERANCE)
+    pretrained.save(gradient, tmp_path / "gradient", family="llama")
+    gradients, _ = tensors_of(tmp_path / "gradient" / "model.safetensors")
+    names = [name for name in data.tensors if name.startswith("grad.")]
+    assert len(names) == 1 + 3 * data.model.config.layers
+    for name in names:
+        np.testing.assert_allclose(gradients[name.removeprefix("grad.")], data[name], atol=TOLERANCE, err_msg=name)
+    last = data.model.config.layers - 1
+    assert not np.any(gradients[f"model.layers.{last}.self_attn.beacon_q_proj.weight"])
+
+
+@pytest.mark.golden
+def test_ratio_by_length(golden):
+    for row in json.loads((golden / "beacon" / "adapt_ratio.json").read_text()):
+        ratios = tuple(row["ratios"])
+        positions = int(row["max_position_embeddings"] * row.get("rope_factor", 1))
+        config = BeaconConfig(chunk=row["window"], ratios=ratios, choose="by_length", positions=positions)
+        assert ratio_by_length(config, jnp.array([row["seq_len"] + row["future"]]))[0] == row["ratio"], row
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["llama_il_mixed", "qwen2_il_sink", "llama_ap_step_noprev", "v1_llama_segmentation_halfstride"])
+def test_checkpoints_come_back(golden, tmp_path, case):
+    """Written for the official code and read again: the same tensors, the same config."""
+    data = Golden(golden, tmp_path, case)
+    pretrained.save(data.model, tmp_path / "again", like=data.folder)
+    tensors, _ = tensors_of(tmp_path / "again" / "model.safetensors")
+    chex.assert_trees_all_equal(tensors, tensors_of(data.folder / "model.safetensors")[0])
+    assert pretrained.load(tmp_path / "again").config == data.model.config
+    missing = {name: value for name, value in tensors.items() if "beacon_k" not in name}
+    save_file(missing, tmp_path / "again" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.beacon_k_proj\.weight is missing"):
+        pretrained.load(tmp_path / "again")
+
+
+@pytest.mark.parametrize("ratios", [(2,), (4, 0, 2, 1)])
+def test_at_once_equals_chunk_by_chunk(ratios, float64):
+    """Hidden states, state and gradients, with documents and padding."""
+    config = dataclasses.replace(CONFIG, ratios=ratios, sinks=1, dtype="float64")
+    model, T = models.build(config, nnx.Rngs(0)), 45
+    tokens_BT = np.random.default_rng(0).integers(0, 17, (2, T), np.int32)
+    segments_BT = np.stack([np.repeat([1, 2, 3], [21, 4, 20]), np.repeat([1, 2, 0], [3, 33, 9])]).astype(np.int32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(model, state=None):
+        def loss(model):
+            before = model.init_state(2, capacity=T) if state is None else state
+            hidden_BTD, after = model.hidden(tokens_BT, before, segments_BT)
+            hidden_BTD = jnp.where(segments_BT[..., None] > 0, hidden_BTD, 0)
+            return jnp.sum(jnp.sin(hidden_BTD)) + jnp.sum(jnp.cos(after.memory.k_BSGK)), (hidden_BTD, after)
+
+        return jax.value_and_grad(loss, has_aux=True)(model)
+
+    one, other = run(model), run(model, model.init_state(2, capacity=T))
+    chex.assert_trees_all_close(one[0], other[0], atol=1e-10, rtol=1e-10)
+    # Parameters are float32.
+    chex.assert_trees_all_close(one[1], other[1], atol=1e-5, rtol=1e-5)
+
+
+def with_and_without_beacons(config):
+    """Logits of 12 tokens, and those of the Transformer with the same weights."""
+    model = models.build(config, nnx.Rngs(0))
+    own = dict(jax.tree_util.tree_leaves_with_path(model))
+    transformer = jax.tree_util.tree_map_with_path(lambda path, _: own[path], models.abstract(config.transformer))
+    tokens_BT = np.random.default_rng(1).integers(0, 17, (2, 12), np.int32)
+    return [x(tokens_BT, x.init_state(2, capacity=12))[0] for x in (model, transformer)]
+
+
+def test_before_the_first_beacon_it_is_the_transformer():
+    found, expected = with_and_without_beacons(dataclasses.replace(CONFIG, ratios=(4,)))
+    np.testing.assert_allclose(found[:, :4], expected[:, :4], atol=1e-5)
+    assert np.all(np.abs(found - expected)[:, 4:].max(axis=2) > 1e-4)
+
+
+def test_the_first_chunk_of_appended_beacons_is_the_transformer():
+    found, expected = with_and_without_beacons(dataclasses.replace(CONFIG, placement="append"))
+    np.testing.assert_allclose(found[:, :8], expected[:, :8], atol=1e-5)
+
+
+def test_training_draws_ratios():
+    """For each chunk or each row; none in the last chunk, and nothing without a key."""
+    config = dataclasses.replace(CONFIG, ratios=(2, 4, 8))
+    tokens_BT = np.random.default_rng(2).integers(0, 17, (2, 32), np.int32)
+    model = models.build(config, nnx.Rngs(0))
+    run = lambda model, key=None: model.hidden(tokens_BT, model.init_state(2, capacity=32), dropout_key=key)[0]
+    plain, one, other = run(model), run(model, jax.random.key(0)), run(model, jax.random.key(1))
+    np.testing.assert_array_equal(one, run(model, jax.random.key(0)))
+    assert np.any(one[:, :24] != other[:, :24])
+    assert np.any(one != plain)
+    # Short texts have no beacons in training.
+    short = lambda key: model.hidden(tokens_BT[:, :8], model.init_state(2, capacity=8), dropout_key=key)[0]
+    np.testing.assert_array_equal(short(jax.random.key(0)), short(jax.random.key(1)))
+
+
+def test_capacity():
+    model = models.build(CONFIG, nnx.Rngs(0))
+    with pytest.raises(UserError, match="capacity is None"):
+        model.init_state(1)
+    tokens_BT = np.zeros((1, 30), np.int32)
+    state = model.init_state(1, capacity=20)
+    with pytest.raises(UserError, match="room for 23 more tokens, not for 30"):
+        model.hidden(tokens_BT, state)
+    hidden_BTD, _ = jax.jit(model.hidden)(tokens_BT, state)
+    np.testing.assert_array_equal(np.isnan(hidden_BTD).any(axis=2)[0], np.arange(30) >= 23)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("ratios", (), "numbers that divide"),
+        ("ratios", (3,), "numbers that divide the chunk's 8 tokens, or 0"),
+        ("ratios", (-2,), "numbers that divide"),
+        ("sinks", 9, "from 0 to model.chunk, 8"),
+        ("stride", 4, "model.placement"),
+        ("choose", "best", "in_turn, by_length"),
+        ("placement", "inside", "interleave, append"),
+        ("chunk", 0, "1 or more"),
+    ],
+)
+def test_refused(field, value, allowed):
+    with pytest.raises(UserError, match=rf"model\.{field} is .*{allowed}"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_refused_together():
+    with pytest.raises(UserError, match=r"model\.positions is None"):
+        dataclasses.replace(CONFIG, choose="by_length")
+    with pytest.raises(UserError, match=r"model\.stride is 4; .*without sinks"):
+        dataclasses.replace(CONFIG, placement="append", stride=4, sinks=1)
