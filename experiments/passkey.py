@@ -41,8 +41,9 @@ Result, exact keys (right digits) in % by tokens read, 20 samples at each of fiv
     horizon 4,096 segments    the same, for it is not reached earlier         100 (100)
     gates closed                7 (23)                                                    8 samples at each depth
 
-The paper's rule loses a quarter of the keys at the very beginning of a million tokens and none in the middle. The one key missed at 16384 stands right before the question. The horizon, at which the normalizer stands still, was not chosen by these
-keys: models before had done well with it.
+The paper's rule loses a quarter of the keys at the very beginning of a million tokens and none in the middle. The one key missed at 16384
+stands right before the question. The horizon, at which the normalizer stands still, was not chosen by these keys: another model had done
+well with it.
 
 Dilution is what it takes. A model of one seed trained on 38 million tokens without it found every key at 262144 tokens with a horizon of
 256, but at 1048576 none, 70% of the digits, and with horizons of 512 and 1,024 two of twelve. There (1,024) the two heads of the second

@@ -309,6 +309,51 @@ def test_a_transformer_gets_a_memory(run, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_transformer_gets_beacons(run, tmp_path, capsys):
+    """They begin as copies; before the first of them it reads as before. They alone are trained; the official format keeps them."""
+    convert = lambda *options: main(["convert", *map(str, options)])
+    convert(run, tmp_path / "beacons", "--to", "beacon", "--chunk", "8", "--ratios", "4")
+    convert(tmp_path / "beacons", tmp_path / "official")
+    convert(run, tmp_path / "other", "--to", "beacon", "--beacon-token", "2")
+    mesh = all_on_tensor()
+    with jax.set_mesh(mesh):
+        base, model, again, other = (
+            load_model(folder, mesh).model for folder in (run, *(tmp_path / name for name in ("beacons", "official", "other")))
+        )
+        tokens_BT = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, 20), np.int32)
+        # So many tokens come to 15 positions, which are within the Transformer's own; its table is that of short texts, too.
+        logits = lambda model: model(tokens_BT, model.init_state(2, capacity=20, planned=15 if model is base else 20))[0]
+        np.testing.assert_allclose(logits(model)[:, :4], logits(base)[:, :4], atol=1e-4)
+        assert np.abs(logits(model) - logits(base))[:, 4:].max() > 1e-3
+        np.testing.assert_array_equal(logits(again), logits(model))
+        table_VD, attention = base.embedding.table[...], model.blocks.attention
+        np.testing.assert_array_equal(model.beacon[...], table_VD[1:2])
+        np.testing.assert_array_equal(other.beacon[...], table_VD[2:3])
+        np.testing.assert_array_equal(attention.beacons.k[...], attention.k[...])
+        assert (other.config.chunk, other.config.ratios) == (1024, (8,))
+        assert (again.config.chunk, again.config.ratios) == (8, (4,))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": " ".join(np.roll(WORDS.split(), i))}) for i in range(16)))
+    (tmp_path / "tune.py").write_text(
+        EXPERIMENT.format(folder=str(tmp_path / "official"), text=str(tmp_path / "text.jsonl")).replace(
+            "steps=2", 'steps=2, optimizer=OptimizerConfig(train=("beacon",), learning_rate=1e-2, warmup_steps=1)'
+        )
+        + "from infinicontext.training.optimizer import OptimizerConfig\n"
+    )
+    main(["train", f"{tmp_path / 'tune.py'}:tune", "--workdir", str(tmp_path / "tuned")])
+    with jax.set_mesh(mesh):
+        tuned = load_model(tmp_path / "tuned", mesh).model
+    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(again), jax.tree.leaves(tuned)):
+        if "beacon" not in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(before, after)
+    assert np.any(np.asarray(tuned.blocks.attention.beacons.v[...]) != np.asarray(again.blocks.attention.beacons.v[...]))
+    capsys.readouterr()
+    refused = lambda *options: fails(capsys, "convert", *options)
+    assert "--ratios is [4]; it goes with --to beacon" in refused(run, tmp_path / "no", "--to", "infini", "--ratios", "4")
+    assert "--beacon-token is 99" in refused(run, tmp_path / "no", "--to", "beacon", "--beacon-token", "99")
+    assert "model.ratios is (3,)" in refused(run, tmp_path / "no", "--to", "beacon", "--ratios", "3")
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_transformer_gets_feedback_memory(run, tmp_path, capsys):
     """Without FAM it reads as before, or as with a window of blocks; FAM begins as embeddings of tokens and changes what is read."""
     convert = lambda name, *options: main(["convert", str(run), str(tmp_path / name), "--to", "fam", "--block", "8", *options])
