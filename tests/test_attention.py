@@ -193,3 +193,15 @@ def test_forms_of_attention_agree():
     begin = functools.partial(attention.chunk_attention, q, k, v, cache)
     for fold in (False, True):
         chex.assert_trees_all_close(begin(None, fold=fold), begin(held_B * 0, fold=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [4, None])
+def test_parts_are_one_array(block):
+    """Keys in three arrays, one of them empty, as if they lay in one; queries in blocks or not."""
+    rng = np.random.default_rng(5)
+    q_BTHK, k_BSGK, v_BSGK = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 7, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)))
+    seen_BTS = jnp.asarray(rng.random((2, 7, 9)) < 0.6).at[:, :, 0].set(True)
+    cuts = ((0, 3), (3, 3), (3, 9))
+    parts = [(k_BSGK[:, a:b], v_BSGK[:, a:b], seen_BTS[:, :, a:b]) for a, b in cuts]
+    expected = attention.attend(q_BTHK, k_BSGK, v_BSGK, seen_BTS)
+    np.testing.assert_allclose(attention.attend_parts(q_BTHK, parts, block=block), expected, atol=1e-5)

@@ -176,6 +176,31 @@ def test_at_once_equals_chunk_by_chunk(ratios, float64):
     chex.assert_trees_all_close(one[1], other[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.golden
+def test_backbone(golden, tmp_path):
+    """The same weights without beacons."""
+    tensors, meta = tensors_of(golden / "beacon" / "llama_backbone.safetensors")
+    weights, sizes = tensors_of(golden / "beacon" / meta["weights"])
+    save_file({name: value for name, value in weights.items() if "beacon" not in name}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | json.loads(sizes["config"])))
+    model, tokens_BT = pretrained.load(tmp_path), tensors["input_ids"]
+    logits_BTV, _ = model(tokens_BT, model.init_state(len(tokens_BT), capacity=tokens_BT.shape[1]))
+    np.testing.assert_allclose(logits_BTV, tensors["logits"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_one_layer_and_short_texts(length):
+    """At once, where there may be no beacon at all, and token by token."""
+    model = models.build(dataclasses.replace(CONFIG, layers=1, ratios=(4,)), nnx.Rngs(0))
+    tokens_BT = np.random.default_rng(3).integers(0, 17, (2, length), np.int32)
+    whole_BTD, _ = model.hidden(tokens_BT, model.init_state(2, capacity=length))
+    parts, state = [], model.init_state(2, capacity=length)
+    for t in range(length):
+        part_BTD, state = model.hidden(tokens_BT[:, t : t + 1], state)
+        parts.append(part_BTD)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole_BTD, atol=2e-5)
+
+
 def with_and_without_beacons(config):
     """Logits of 12 tokens, and those of the Transformer with the same weights."""
     model = models.build(config, nnx.Rngs(0))

@@ -270,7 +270,6 @@ class Beacon(nnx.Module):
         count = min(config.beacons, C // config.least_ratio + 1) if config.placement == "interleave" and config.beacons else 0
         rows = _joined(tokens, beacon_rows(config, tokens, ratio_BC, count))
         x_BRD = jnp.concatenate([self.embedding(tokens_BC), self._beacons(B, count)], axis=1)
-        state = state._replace(cursor=next_cursor)
         x_BRD, new_LBR = self._layers(x_BRD, rows, C, state)
         slot_BR = self._slots(rows, C)
         written = Rows(*(attention.write(old_BS, new_BR, slot_BR) for old_BS, new_BR in zip(state.rows, rows)))
@@ -334,7 +333,8 @@ class Beacon(nnx.Module):
         stop_BP = (number_1P + 1) * ratio_B1
         there_BP = end.complete[:, None] & (end.ratio > 0)[:, None] & (stop_BP <= config.step) & (stop_BP > first_B1)
         reach_BP = {"all": jnp.full_like(stop_BP, config.chunk), "stepwise": stop_BP, "segment": stop_BP}[config.append_sees]
-        position_BP = state.held_B[:, None] + (ratio_B1 + 0 * stop_BP if config.append_sees == "segment" else reach_BP - first_B1)
+        behind_BP = jnp.broadcast_to(ratio_B1, (B, P)) if config.append_sees == "segment" else reach_BP - first_B1
+        position_BP = state.held_B[:, None] + behind_BP
         if config.append_sees_beacons:
             position_BP += number_1P - first_B1 // ratio_B1
         beacons = Rows(jnp.broadcast_to(2 * last_B1 + 1, (B, P)), position_BP, jnp.where(there_BP, end.document[:, None], 0))
@@ -385,8 +385,9 @@ class Beacon(nnx.Module):
     def _read_at_once(self, tokens_BT, state: BeaconState, segment_ids_BT, ratio_BT) -> tuple[jax.Array, BeaconState]:
         """`hidden` from an empty state, layer by layer, all chunks at once (interleaved beacons)."""
         config, (B, T) = self.config, tokens_BT.shape
-        C, P, X, M = min(config.chunk, T), config.beacons, config.kept, state.document_BM.shape[1]
-        P = min(P, C // config.least_ratio) if P else 0
+        C, X, M = min(config.chunk, T), config.kept, state.document_BM.shape[1]
+        # A text that is too short for a beacon has a row for one, which stays empty.
+        P = min(config.beacons, max(C // config.least_ratio, 1)) if config.beacons else 0
         place, next_cursor = cursor.advance(state.cursor, T, segment_ids_BT)
         place_NBC = Place(*(attention.lay(x_BT, None, C) for x_BT in place))
         ratio_NBC = attention.lay(ratio_BT, None, C)

@@ -296,7 +296,7 @@ def to_run(
             # What was trained before need not be a part of this model.
             optimizer = dataclasses.replace(experiment.optimizer, train=(), groups=())
             token = end_of_text(source) if beacon_token is None else beacon_token
-            if not 0 <= token < config.vocab_size:
+            if isinstance(config, models.BeaconConfig) and not 0 <= token < config.vocab_size:
                 raise UserError(f"--beacon-token is {token}; it must be from 0 to {config.vocab_size - 1}, the model's last token")
             model = _grown(config, model, mesh, 0, prompt, token)
             experiment = dataclasses.replace(experiment, model=config, optimizer=optimizer)
