@@ -99,7 +99,7 @@ def test_memory(golden, tmp_path, case):
         k_BMGK, v_BMGK = (np.concatenate(parts[name], axis=1) for name in "kv")
         M = k_BMGK.shape[1]
         turns = rotation(config.rope, config.head_size, np.arange(M, dtype=np.int32)[None], np.zeros(1, np.int32))
-        np.testing.assert_array_equal(state.used_B, M)
+        np.testing.assert_array_equal(state.counts.used_B, M)
         np.testing.assert_allclose(state.memory.k_BSGK[layer, :, :M], apply_rope(jnp.asarray(k_BMGK), *turns), atol=TOLERANCE)
         np.testing.assert_allclose(state.memory.v_BSGK[layer, :, :M], v_BMGK, atol=TOLERANCE)
 
@@ -152,10 +152,18 @@ def test_checkpoints_come_back(golden, tmp_path, case):
         pretrained.load(tmp_path / "again")
 
 
-@pytest.mark.parametrize("ratios", [(2,), (4, 0, 2, 1)])
-def test_at_once_equals_chunk_by_chunk(ratios, float64):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sinks": 1},
+        {"sinks": 1, "ratios": (4, 0, 2, 1)},
+        {"memory": 7, "ratios": (2, 4)},
+        {"memory": 12, "ratios": (1, 2, 4), "choose": "by_room"},
+    ],
+)
+def test_at_once_equals_chunk_by_chunk(options, float64):
     """Hidden states, state and gradients, with documents and padding."""
-    config = dataclasses.replace(CONFIG, ratios=ratios, sinks=1, dtype="float64")
+    config = dataclasses.replace(CONFIG, **options, dtype="float64")
     model, T = models.build(config, nnx.Rngs(0)), 45
     tokens_BT = np.random.default_rng(0).integers(0, 17, (2, T), np.int32)
     segments_BT = np.stack([np.repeat([1, 2, 3], [21, 4, 20]), np.repeat([1, 2, 0], [3, 33, 9])]).astype(np.int32)
@@ -236,6 +244,31 @@ def test_training_draws_ratios():
     np.testing.assert_array_equal(short(jax.random.key(0)), short(jax.random.key(1)))
 
 
+def test_a_memory_that_drops_what_is_oldest():
+    """It is as large as ever after any text, and then what it dropped changes nothing."""
+    model = models.build(dataclasses.replace(CONFIG, memory=8), nnx.Rngs(0))
+    empty = model.init_state(1)
+    assert model.room(empty) is None
+    tokens_1T = np.random.default_rng(4).integers(0, 17, (1, 75), np.int32)
+    read = jax.jit(model.hidden, compiler_options=QUICK)
+    hidden_1TD, state = read(tokens_1T, empty)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, empty)
+    # Of two layers the second reaches the beacons of two chunks back; those of the first layer know nothing but that they are beacons.
+    changed = lambda end: read(np.where(np.arange(75) < end, 0, tokens_1T), empty)[0]
+    np.testing.assert_allclose(changed(48)[:, 64:], hidden_1TD[:, 64:], atol=2e-5)
+    assert np.abs(changed(56) - hidden_1TD)[:, 64:].max() > 1e-3
+
+
+def test_ratios_by_room():
+    """Each of three ratios fills a third of the memory, and the greatest goes on."""
+    model = models.build(dataclasses.replace(CONFIG, ratios=(8, 1, 2), memory=30, choose="by_room"), nnx.Rngs(0))
+    state, used, read = model.init_state(1), [], jax.jit(model.hidden, compiler_options=QUICK)
+    for _ in range(16):
+        _, state = read(np.zeros((1, 8), np.int32), state)
+        used.append(int(state.counts.used_B[0]))
+    assert used == [8, 16, 20, *range(21, 34)]
+
+
 def test_capacity():
     model = models.build(CONFIG, nnx.Rngs(0))
     with pytest.raises(UserError, match="capacity is None"):
@@ -256,7 +289,7 @@ def test_capacity():
         ("ratios", (-2,), "numbers that divide"),
         ("sinks", 9, "from 0 to model.chunk, 8"),
         ("stride", 4, "model.placement"),
-        ("choose", "best", "in_turn, by_length"),
+        ("choose", "best", "in_turn, by_length, by_room"),
         ("placement", "inside", "interleave, append"),
         ("chunk", 0, "1 or more"),
     ],
@@ -267,6 +300,12 @@ def test_refused(field, value, allowed):
 
 
 def test_refused_together():
+    with pytest.raises(UserError, match=r"model\.memory is 3; it must be None or 4"):
+        dataclasses.replace(CONFIG, memory=3)
+    with pytest.raises(UserError, match=r"model\.sinks is 1; with a model\.memory, 8, which drops"):
+        dataclasses.replace(CONFIG, memory=8, sinks=1)
+    with pytest.raises(UserError, match=r"model\.memory is None; to choose by room"):
+        dataclasses.replace(CONFIG, choose="by_room")
     with pytest.raises(UserError, match=r"model\.positions is None"):
         dataclasses.replace(CONFIG, choose="by_length")
     with pytest.raises(UserError, match=r"model\.stride is 4; .*without sinks"):

@@ -14,6 +14,7 @@ from infinicontext.data.pipeline import PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment, to_plain
 from infinicontext.models.adapted import AdaptedConfig
+from infinicontext.models.beacon_attention import BeaconConfig
 from infinicontext.models.megalodon import MegalodonConfig
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn.lora import Lora
@@ -60,6 +61,19 @@ def test_begins_as_the_model_it_adapts(base):
     jax.tree.map(np.testing.assert_array_equal, model.merged(), model.model)
     (logits_BTV, _), _ = both(random_adapters(model))
     assert np.abs(logits_BTV - expected_BTV).max() > 1e-2
+
+
+def test_beacons_alone():
+    """Names may say more than their last part: tokens keep their projections."""
+    base = BeaconConfig(vocab_size=64, dim=16, layers=2, heads=4, feed_forward=24, chunk=8, ratios=(2,), remat=False)
+    model = random_adapters(models.build(AdaptedConfig(base, Lora(parameters=("beacons.q", "beacons.v"))), nnx.Rngs(0)))
+    assert sorted(model.adapters) == [".blocks.attention.beacons.q", ".blocks.attention.beacons.v"]
+    merged, own = model.merged().blocks.attention, model.model.blocks.attention
+    np.testing.assert_array_equal(merged.q[...], own.q[...])
+    assert np.abs(merged.beacons.q[...] - own.beacons.q[...]).max() > 1e-2
+    tokens_BT = np.arange(40, dtype=np.int32).reshape(2, 20)
+    logits_BTV, _ = model(tokens_BT, model.init_state(2, capacity=20))
+    np.testing.assert_allclose(logits_BTV, model.merged()(tokens_BT, model.init_state(2, capacity=20))[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from infinicontext.data.pipeline import CorpusData, train_batches
 from infinicontext.errors import UserError
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn.embedding import Embedding
-from infinicontext.objectives.next_token import NextToken, token_losses, token_weights, weighted_loss
+from infinicontext.objectives.next_token import NextToken, counted, token_losses, token_weights, weighted_loss
 
 CONFIG = TransformerConfig(vocab_size=17, dim=16, layers=1, heads=2, feed_forward=24, remat=False)
 B, T = 2, 13
@@ -116,6 +116,19 @@ def test_token_weights(loss_mask, answer_mask, context_weight):
     np.testing.assert_allclose(everything.sum(), loss_mask.any(), rtol=1e-6)
     answers = token_weights(NextToken("answers", context_weight=context_weight), batch)
     np.testing.assert_allclose(answers, mean(answer_mask) + context_weight * mean(loss_mask), rtol=1e-5, atol=1e-7)
+
+
+def test_first_tokens_may_not_count():
+    """Of each document; what they read is their own number in it, not the target's."""
+    ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
+    loss_mask = np.array([[1, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]], np.float32)
+    batch = {"loss_mask": loss_mask, "answer_mask": np.float32(np.arange(7) > 0) * loss_mask, "segment_ids": ids}
+    expected = np.array([[0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]], np.float32)
+    for objective in (NextToken(skip=2), NextToken("answers", skip=2)):
+        np.testing.assert_allclose(token_weights(objective, batch), expected / 6, rtol=1e-6)
+        assert counted(objective, batch) == 6
+    with pytest.raises(UserError, match=r"objective\.skip is -1"):
+        NextToken(skip=-1)
 
 
 def test_loss_of_packed_documents_is_their_own(model):

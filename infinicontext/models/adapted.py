@@ -10,6 +10,8 @@ import dataclasses
 import jax
 from flax import nnx
 
+from infinicontext.models.beacon import Beacon
+from infinicontext.models.beacon_attention import BeaconConfig
 from infinicontext.models.fam import Fam
 from infinicontext.models.fam_attention import FamConfig
 from infinicontext.models.infini import Infini
@@ -24,7 +26,7 @@ from infinicontext.nn.lora import Lora, adapters, merged
 class AdaptedConfig:
     """The adapted model's config and what is adapted."""
 
-    model: TransformerConfig | MegalodonConfig | InfiniConfig | FamConfig
+    model: TransformerConfig | MegalodonConfig | InfiniConfig | FamConfig | BeaconConfig
     lora: Lora = Lora()
 
     @property
@@ -47,13 +49,15 @@ class AdaptedConfig:
         return self.model.flops_per_token(length)
 
 
+KINDS = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini, FamConfig: Fam, BeaconConfig: Beacon}
+
+
 class Adapted(nnx.Module):
     """Reads a stream as the merged model does. Weights are merged in each call: use `merged` to read much with weights that stand still."""
 
     def __init__(self, config: AdaptedConfig, rngs: nnx.Rngs):
         self.config = config
-        kinds = {TransformerConfig: Transformer, MegalodonConfig: Megalodon, InfiniConfig: Infini, FamConfig: Fam}
-        self.model: Model = kinds[type(config.model)](config.model, rngs)
+        self.model: Model = KINDS[type(config.model)](config.model, rngs)
         self.adapters = adapters(self.model, config.lora, rngs)
 
     def merged(self) -> Model:

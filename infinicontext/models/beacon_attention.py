@@ -38,8 +38,9 @@ class BeaconConfig:
     feed_forward: int | None = None  # None: 8/3 dim, rounded up to a multiple of 32
     chunk: int = 256  # tokens; the papers' window
     ratios: tuple[int, ...] = (8,)  # tokens per beacon in a document's chunks, in turn; 0: the chunk's tokens are kept themselves
-    choose: Literal["in_turn", "by_length"] = "in_turn"  # by_length: the least ratio whose text of the planned length fits `positions`
+    choose: Literal["in_turn", "by_length", "by_room"] = "in_turn"  # by_length: the least whose text of the planned length fits `positions`
     positions: int | None = None  # choose = by_length: positions the Transformer was trained on
+    memory: int | None = None  # slots, of which the oldest are dropped; None: as many as the tokens that init_state is told of need
     training_ratios: Literal["in_turn", "per_chunk", "per_row"] = "per_chunk"  # drawn from `ratios`, in training
     sinks: int = 0  # first tokens of a document whose keys and values are kept, too (1 for Llama 3)
     placement: Literal["interleave", "append"] = "interleave"  # append: behind the chunk; no token of it sees them
@@ -82,6 +83,12 @@ class BeaconConfig:
             raise UserError(f"model.ratios is {self.ratios}; it must be numbers that divide the chunk's {self.step} tokens, or 0")
         if self.choose == "by_length" and (self.positions is None or self.positions <= self.chunk):
             raise UserError(f"model.positions is {self.positions}; to choose by length it must be more than model.chunk, {self.chunk}")
+        if self.memory is not None and self.memory < self.kept:
+            raise UserError(f"model.memory is {self.memory}; it must be None or {self.kept}, what is kept of a chunk, or more")
+        if self.memory is not None and self.sinks:
+            raise UserError(f"model.sinks is {self.sinks}; with a model.memory, {self.memory}, which drops what is oldest, it must be 0")
+        if self.choose == "by_room" and self.memory is None:
+            raise UserError("model.memory is None; to choose by room it must be a number of slots")
         if not 0 < self.norm_epsilon < math.inf:
             raise UserError(f"model.norm_epsilon is {self.norm_epsilon}; it must be a number greater than 0")
         if self.head_dim is None and self.dim % self.heads:
@@ -145,7 +152,8 @@ class BeaconConfig:
         # Beacons per token, and slots that a chunk leaves per token.
         beacons = sum(1 / ratio for ratio in self.ratios if ratio) / len(self.ratios)
         slots = sum(1 / (ratio or 1) for ratio in self.ratios) / len(self.ratios)
-        seen = min(length + 1, self.chunk + 1) / 2 * (1 + beacons) + max(length - self.chunk, 0) / 2 * slots
+        memory = max(length - self.chunk, 0) / 2 * slots
+        seen = min(length + 1, self.chunk + 1) / 2 * (1 + beacons) + min(memory, self.memory or memory)
         row = 2 * self.dim * K * (H + G) + 3 * self.dim * self.feed_forward_size + 2 * H * K * seen
         return 2 * (self.layers * row * (1 + beacons) + self.dim * self.vocab_size)
 
@@ -154,7 +162,6 @@ class BeaconConfig:
         """Tiny models that together use every option: what the tests run."""
         tiny = BeaconConfig(vocab_size=17, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24, chunk=8, ratios=(2,))
         return {
-            "interleave": tiny,
             "in_turn": dataclasses.replace(
                 tiny,
                 ratios=(4, 0, 2, 1),
@@ -168,10 +175,14 @@ class BeaconConfig:
                 rope=RopeConfig("yarn", factor=4.0, original_length=16),
                 remat=False,
             ),
-            "by_length": dataclasses.replace(tiny, ratios=(2, 4), choose="by_length", positions=16, kv_heads=1, beacon_output=True),
-            "append": dataclasses.replace(tiny, placement="append", sinks=1),
+            "dropping": dataclasses.replace(
+                tiny, ratios=(2, 4), choose="by_length", positions=16, kv_heads=1, beacon_output=True, memory=6
+            ),
             "append_v1": dataclasses.replace(
                 tiny,
+                ratios=(2, 4),
+                memory=9,
+                choose="by_room",
                 placement="append",
                 stride=4,
                 append_sees="stepwise",
@@ -180,6 +191,23 @@ class BeaconConfig:
                 beacon_output=True,
             ),
         }
+
+
+class Counts(NamedTuple):
+    """How far each row's memory is filled, int32 [B]."""
+
+    used_B: jax.Array  # slots that have been written, of all documents
+    owner_B: jax.Array  # the document that `held_B` is of
+    held_B: jax.Array  # slots of that document
+
+    def of(self, document_BC: jax.Array) -> jax.Array:
+        """Slots that each token's document has."""
+        return jnp.where(document_BC == self.owner_B[:, None], self.held_B[:, None], 0)
+
+    def entered(self, end: "End") -> "Counts":
+        """After tokens of a chunk, the last of which may be of another document."""
+        enters_B = (end.document > 0) & (end.document != self.owner_B)
+        return self._replace(owner_B=jnp.where(enters_B, end.document, self.owner_B), held_B=jnp.where(enters_B, 0, self.held_B))
 
 
 class Rows(NamedTuple):
@@ -245,6 +273,25 @@ def ratios_of(config: BeaconConfig, place: Place, planned_B: jax.Array, key: jax
     return jnp.where(chunk_BT == last_chunk_BT, -1, ratio_BT)
 
 
+def by_room(config: BeaconConfig, ratio_BC: jax.Array, held_BC: jax.Array) -> jax.Array:
+    """The ratios of a chunk, of whose documents the memory has `held_BC` slots: each, from the least, fills an equal part of it."""
+    ratios = sorted(set(config.ratios))
+    part_BC = jnp.minimum(held_BC * len(ratios) // config.memory, len(ratios) - 1)
+    # A chunk without beacons stays so.
+    return jnp.where(ratio_BC < 0, ratio_BC, jnp.asarray(ratios, jnp.int32)[part_BC])
+
+
+def rows_of(config: BeaconConfig, place: Place, ratio_BC: jax.Array, counts: Counts, beacons: int) -> Rows:
+    """Tokens of a chunk and, behind them, its beacons."""
+    tokens = token_rows(config, place, ratio_BC, counts.of(place.document_BT))
+    return joined(tokens, beacon_rows(config, tokens, ratio_BC, beacons))
+
+
+def joined(one: Rows, other: Rows) -> Rows:
+    """Behind one another."""
+    return Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(one, other)))
+
+
 def token_rows(config: BeaconConfig, place: Place, ratio_BC: jax.Array, held_BC: jax.Array) -> Rows:
     """Tokens of a chunk, of whose documents the memory has `held_BC` slots."""
     start_BC = chunk_start(config, place.index_BT)
@@ -304,18 +351,26 @@ def chunk_end(config: BeaconConfig, place: Place, ratio_BC: jax.Array) -> End:
     return End(complete_B, document_B, begins_B >= start_B, jnp.maximum(begins_B, start_B), last(ratio_BC))
 
 
-def kept_rows(config: BeaconConfig, rows: Rows, tokens: int, end: End) -> tuple[jax.Array, jax.Array]:
-    """The rows that the memory keeps of complete chunks, in the order of its slots.
+class Kept(NamedTuple):
+    """What the memory keeps of complete chunks, [B, X]."""
+
+    source_BX: jax.Array  # int32, its row
+    number_BX: jax.Array  # int32, of the slot among all that were ever written; -1: there is no such row
+    position_BX: jax.Array  # int32
+    document_BX: jax.Array  # int32; 0: there is no such row
+
+
+def keep(config: BeaconConfig, rows: Rows, tokens: int, end: End, counts: Counts) -> tuple[Kept, Counts]:
+    """What the memory keeps, in the order of its slots, and how far it is filled then.
 
     Args:
       config: options.
       rows: Y, the first `tokens` of which are tokens and the others beacons, each in order; those of other chunks or documents go.
       tokens: as said.
-      end: of the chunks.
-
-    Returns:
-      source_BX, int32, and which of the X rows there are, bool [B, X].
+      end: of the rows' chunks.
+      counts: before.
     """
+    counts = counts.entered(end)
     own_BY = (rows.document == end.document[:, None]) & (rows.order >= 2 * end.start[:, None]) & end.complete[:, None]
     columns_Y = jnp.arange(own_BY.shape[1], dtype=jnp.int32)
     keeps, columns = [], []
@@ -326,7 +381,43 @@ def kept_rows(config: BeaconConfig, rows: Rows, tokens: int, end: End) -> tuple[
         keeps, columns = [*keeps, (own_BY & (end.ratio == 0)[:, None])[:, :tokens]], [*columns, columns_Y[:tokens]]
     keeps, columns = [*keeps, own_BY[:, tokens:]], [*columns, columns_Y[tokens:]]
     source_BX, valid_BX = compact(jnp.concatenate(keeps, axis=1), config.kept)
-    return jnp.concatenate(columns)[source_BX], valid_BX
+    number_1X, count_B = jnp.arange(config.kept, dtype=jnp.int32)[None], jnp.sum(valid_BX, axis=1, dtype=jnp.int32)
+    kept = Kept(
+        jnp.concatenate(columns)[source_BX],
+        jnp.where(valid_BX, counts.used_B[:, None] + number_1X, -1),
+        counts.held_B[:, None] + number_1X,
+        jnp.where(valid_BX, end.document[:, None], 0),
+    )
+    return kept, counts._replace(used_B=counts.used_B + count_B, held_B=counts.held_B + count_B)
+
+
+def slots_of(config: BeaconConfig, kept: Kept, counts: Counts, slots: int) -> jax.Array:
+    """Where what is kept lies after the call, of which `counts` are, int32 [B, X]; `slots`, which is no slot: nowhere."""
+    there_BX = kept.number_BX >= 0
+    if config.memory is None:
+        return jnp.where(there_BX, kept.number_BX, slots)
+    there_BX &= kept.number_BX >= counts.used_B[:, None] - slots
+    return jnp.where(there_BX, kept.number_BX % slots, slots)
+
+
+def plan_chunks(
+    config: BeaconConfig, place_NBC: Place, ratio_NBC: jax.Array, counts: Counts, beacons: int
+) -> tuple[Rows, Kept, jax.Array, Counts]:
+    """`rows_of` and `keep` for chunk after chunk, with a leading axis N, and how far the memory was filled before each and is after all.
+
+    No row depends on what a layer makes of another: so the chunks of a layer can be read at once.
+    """
+
+    def one(counts, xs):
+        place, ratio_BC = xs
+        if config.choose == "by_room":
+            ratio_BC = by_room(config, ratio_BC, counts.of(place.document_BT))
+        rows = rows_of(config, place, ratio_BC, counts, beacons)
+        kept, after = keep(config, rows, ratio_BC.shape[1], chunk_end(config, place, ratio_BC), counts)
+        return after, (rows, kept, counts.used_B)
+
+    after, (rows, kept, used_NB) = jax.lax.scan(one, counts, (place_NBC, ratio_NBC))
+    return rows, kept, used_NB, after
 
 
 def compacted_plan(config: BeaconConfig, planned_B: jax.Array) -> jax.Array:
@@ -334,7 +425,8 @@ def compacted_plan(config: BeaconConfig, planned_B: jax.Array) -> jax.Array:
     ratio_B = jnp.full_like(planned_B, 1 if 0 in config.ratios else config.least_ratio)
     if config.choose == "by_length":
         ratio_B = jnp.maximum(ratio_by_length(config, planned_B), 1)
-    return planned_B // ratio_B + config.sinks + config.chunk + config.beacons
+    slots_B = planned_B // ratio_B + config.sinks
+    return (slots_B if config.memory is None else jnp.minimum(slots_B, config.memory)) + config.chunk + config.beacons
 
 
 def moved(config: BeaconConfig, k_BXGK: jax.Array, distance_BX: jax.Array, plan_B: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class Lora:
 
     rank: int = 8
     alpha: float = 16.0
-    parameters: tuple[str, ...] = ("q", "k", "v", "o")  # names of matrices, the same in all layers
+    parameters: tuple[str, ...] = ("q", "k", "v", "o")  # ends of names of matrices, the same in all layers
 
     def __post_init__(self):
         if self.rank < 1:
@@ -61,12 +61,13 @@ def adapters(model: nnx.Module, lora: Lora, rngs: nnx.Rngs) -> nnx.Dict:
     Raises:
       UserError: a name is no matrix of the model.
     """
-    found = {}
+    found, missing = {}, set(lora.parameters)
     for path, parameter in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_parameter):
         axes = parameter.get_metadata()["axes"]
-        if path[-1].name in lora.parameters and len(axes) > 1 and "embed" in (axes[0], axes[-1]):
+        named = {end for end in lora.parameters if jax.tree_util.keystr(path).endswith(f".{end}")}
+        if named and len(axes) > 1 and "embed" in (axes[0], axes[-1]):
             found[jax.tree_util.keystr(path)] = Adapter(parameter, lora, rngs)
-    missing = set(lora.parameters) - {name.rsplit(".", 1)[-1] for name in found}
+            missing -= named
     if missing:
         raise UserError(f"model.lora.parameters names {min(missing)}, which is no matrix of this model")
     return nnx.Dict(found)

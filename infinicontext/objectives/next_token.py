@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model, State
+from infinicontext.nn import cursor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +21,12 @@ class NextToken:
 
     loss: Literal["all", "answers"] = "all"  # answers: only the tokens that the data mark as answers
     context_weight: float = 0.0  # with answers: weight of the mean loss over all tokens, added to the answers' mean
+    skip: int = 0  # first tokens of a document, or of its part in a row, whose predictions do not count (Activation Beacon v1: a chunk)
     chunk: int = 512  # tokens per row whose logits exist at one time
 
     def __post_init__(self):
+        if self.skip < 0:
+            raise UserError(f"objective.skip is {self.skip}; it must be 0 or more")
         if self.chunk < 1:
             raise UserError(f"objective.chunk is {self.chunk}; it must be 1 or more")
         if self.context_weight < 0:
@@ -61,6 +65,15 @@ def token_losses(model: Model, hidden_BTD: jax.Array, targets_BT: jax.Array, *, 
     return jnp.concatenate([jnp.moveaxis(losses_NBC, 0, 1).reshape(B, whole), rest_BC], axis=1)
 
 
+def _mask(objective: NextToken, batch: dict[str, jax.Array], name: str) -> jax.Array:
+    """Targets that count, float32 [B, T]."""
+    if not objective.skip:
+        return batch[name]
+    B, T = batch[name].shape
+    place, _ = cursor.advance(cursor.start(B), T, jnp.asarray(batch["segment_ids"][:, :-1]))
+    return jnp.where(place.position_BT >= objective.skip, batch[name], 0)
+
+
 def token_weights(objective: NextToken, batch: dict[str, jax.Array]) -> jax.Array:
     """Weights of each target such that the loss of the whole batch is their sum with the token losses.
 
@@ -68,21 +81,23 @@ def token_weights(objective: NextToken, batch: dict[str, jax.Array]) -> jax.Arra
 
     Args:
       objective: which tokens count.
-      batch: loss_mask [B, T] and answer_mask [B, T], float32.
+      batch: loss_mask [B, T] and answer_mask [B, T], float32; with `skip` also segment_ids, int32 [B, T + 1].
 
     Returns:
       weights_BT, float32.
     """
     mean = lambda mask: mask / jnp.maximum(jnp.sum(mask), 1)
     if objective.loss == "all":
-        return mean(batch["loss_mask"])
-    weights_BT = mean(batch["answer_mask"])
-    return weights_BT + objective.context_weight * mean(batch["loss_mask"]) if objective.context_weight else weights_BT
+        return mean(_mask(objective, batch, "loss_mask"))
+    weights_BT = mean(_mask(objective, batch, "answer_mask"))
+    if objective.context_weight:
+        weights_BT += objective.context_weight * mean(_mask(objective, batch, "loss_mask"))
+    return weights_BT
 
 
 def counted(objective: NextToken, batch: dict) -> float:
     """How many targets a batch's loss is the mean of: what it weighs in a mean over batches."""
-    return float(batch["loss_mask" if objective.loss == "all" else "answer_mask"].sum())
+    return float(_mask(objective, batch, "loss_mask" if objective.loss == "all" else "answer_mask").sum())
 
 
 def weighted_loss(
