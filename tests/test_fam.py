@@ -13,7 +13,7 @@ from flax import nnx
 from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.models.fam import shifted
-from infinicontext.models.fam_attention import FamConfig
+from infinicontext.models.fam_attention import FamConfig, draw_rereads
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn.attention import Slots
@@ -373,6 +373,36 @@ def test_gradients_stop_where_they_are_asked_to(float64):
     assert reached(memory_blocks=0, detach_every=2) == [False, False, True, True]
 
 
+@pytest.mark.parametrize("options", [{}, {"fam_query": "static", "fam_positions": "fractional"}])
+def test_blocks_read_again(options, float64):
+    """FAM is as after a text that has the blocks so many times, tokens as at the first of them: exact with one layer, whose keys stay."""
+    config = FamConfig(
+        vocab_size=17, dim=16, layers=1, heads=4, block=4, memory_blocks=0, fam_length=3, dtype="float64", training_rereads=2, **options
+    )
+    model, key, (B, N, C) = models.build(config, nnx.Rngs(0)), jax.random.key(3), (2, 5, config.block)
+    tokens_BNC = np.random.default_rng(5).integers(0, 17, (B, N, C), np.int32)
+    documents_BN = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 3]], np.int32)
+    rereads = draw_rereads(key, N, B, config.training_rereads)
+    order_BJ = np.asarray(rereads.block_JB.T)
+    assert order_BJ.shape == (B, 3 * N)
+    assert all(set(row) == set(range(N)) for row in order_BJ)
+    segments = lambda documents: np.repeat(documents, C, axis=1)
+    for documents in (None, documents_BN):
+        found_BTD, state = model.hidden(
+            tokens_BNC.reshape(B, -1), model.init_state(B), None if documents is None else segments(documents), dropout_key=key
+        )
+        long_BJC = np.take_along_axis(tokens_BNC, order_BJ[..., None], axis=1)
+        ids = None if documents is None else segments(np.take_along_axis(documents, order_BJ, axis=1))
+        expected_BSD, expected = model.hidden(long_BJC.reshape(B, -1), model.init_state(B), ids)
+        first_BN1 = np.asarray(rereads.first_NB.T)[..., None]
+        expected_BND = np.take_along_axis(expected_BSD.reshape(B, 3 * N, -1), first_BN1, axis=1)
+        np.testing.assert_allclose(found_BTD.reshape(B, N, -1), expected_BND, atol=1e-10)
+        np.testing.assert_allclose(state.feedback.fam_LBFD, expected.feedback.fam_LBFD, atol=1e-10)
+    # Without a key, as in evaluation, each block is read once.
+    plain_BTD, _ = model.hidden(tokens_BNC.reshape(B, -1), model.init_state(B))
+    assert np.abs(plain_BTD - model.hidden(tokens_BNC.reshape(B, -1), model.init_state(B), dropout_key=key)[0]).max() > 1e-3
+
+
 def test_fam_is_passed_to_all_rows(float64):
     """An empty cache, positions from 0, and the first row's FAM; token by token as at once, and gradients flow to what is passed."""
     model, tokens_BT = built(TINY), tokens_of(4, 2, 9)
@@ -438,6 +468,7 @@ def test_state_bytes_and_flops():
         ({"fam_positions": "first"}, r"model\.fam_positions is first; it must be one of last, fractional, zero"),
         ({"fam_query": "none"}, r"model\.fam_query is none; it must be one of copy, static"),
         ({"schedule": "segments"}, r"model\.schedule is segments; it must be one of layers, blocks"),
+        ({"training_rereads": 1, "schedule": "blocks"}, r"model\.training_rereads is 1; it needs model\.schedule"),
         ({"kv_heads": 3}, r"model\.heads is 4, which is not a multiple of model\.kv_heads, 3"),
     ],
 )

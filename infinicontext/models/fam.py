@@ -111,7 +111,9 @@ class Fam(nnx.Module):
 
         return jax.lax.scan(layer, use(self.prompt, at_least_float32(config.dtype))[None], self.blocks)[1]
 
-    def hidden(self, tokens_BT: jax.Array, state: FamState, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, FamState]:
+    def hidden(
+        self, tokens_BT: jax.Array, state: FamState, segment_ids_BT: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, FamState]:
         """Reads T tokens from wherever the stream stands.
 
         Args:
@@ -119,6 +121,7 @@ class Fam(nnx.Module):
           state: what was read before.
           segment_ids_BT: int32, see nn/cursor.py; None continues the current document. Documents are separate, memory and FAM included;
             a model that is to learn to forget by itself is given one id for all.
+          dropout_key: draws the blocks that FAM reads again, in training with `training_rereads`; None: none.
 
         Returns:
           hidden_BTD in the compute dtype, normalised for the head, and the state after the last token.
@@ -148,15 +151,27 @@ class Fam(nnx.Module):
             state = state._replace(feedback=enter(state.feedback, place, first_LFD))
         held_B = None if at_start else state.cursor.count_B % config.block
         if config.schedule == "layers":
-            x_BTD, state = self._read(self.embedding(tokens_BT), place, state, first_LFD, held_B, within=False, packed=packed)
+            x_BTD, state = self._read(
+                self.embedding(tokens_BT), place, state, first_LFD, held_B, within=False, packed=packed, reread_key=dropout_key
+            )
         else:
             x_BTD, state = self._read_block_by_block(tokens_BT, place, state, first_LFD, held_B, packed=packed)
         return self.norm(x_BTD), state._replace(cursor=next_cursor)
 
-    def _read(self, x_BTD, place: Place, state: FamState, first_LFD, held_B, *, within: bool, packed: bool) -> tuple[jax.Array, FamState]:
+    def _read(
+        self, x_BTD, place: Place, state: FamState, first_LFD, held_B, *, within: bool, packed: bool, reread_key: jax.Array | None = None
+    ) -> tuple[jax.Array, FamState]:
         """Embedded tokens through all layers, one after the other; the cursor stays."""
         call, slot_BW, slots, feedback = begin_call(
-            self.config, place, state.slots, state.feedback, state.cursor.planned_B, held_B, within=within, packed=packed
+            self.config,
+            place,
+            state.slots,
+            state.feedback,
+            state.cursor.planned_B,
+            held_B,
+            within=within,
+            packed=packed,
+            reread_key=reread_key if self.config.training_rereads else None,
         )
 
         def layer(x_BTD, of_layer):

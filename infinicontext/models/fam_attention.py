@@ -3,7 +3,7 @@
 
 Shape letters: B batch, T time, N blocks that a call touches, C tokens per block, M = m + 1 blocks in the ring, S = M C ring slots, W slots
 written by a call, G key/value heads, K head size, L layers, D channels, F rows of the feedback memory (FAM), P keys of FAM that tokens may
-see, R rotated pairs.
+see, R rotated pairs, J readings of blocks.
 
 Blocks are a grid over all tokens of a row, whatever documents they belong to. A token sees its own block up to itself, the m blocks before
 it, and the FAM that the blocks before its own have left behind, all of them of its own document only. FAM is that of one document; for
@@ -48,6 +48,7 @@ class FamConfig:
     random_offsets: bool = False  # in training half of the rows begin at a random position instead of 0
     stop_memory_gradient: bool = False  # no gradient flows to keys and values of earlier blocks
     detach_every: int = 0  # gradients do not flow back through FAM beyond every so many blocks; 0: they do
+    training_rereads: int = 0  # times more, on average, that FAM reads a block in training; tokens are read once
     schedule: Literal["layers", "blocks"] = "layers"  # blocks: all layers of a block before the next, in constant memory
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
@@ -70,9 +71,13 @@ class FamConfig:
         for name in ("kv_heads", "head_dim", "feed_forward"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("memory_blocks", "fam_length", "detach_every"):
+        for name in ("memory_blocks", "fam_length", "detach_every", "training_rereads"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.training_rereads and (self.schedule == "blocks" or not self.fam_length):
+            raise UserError(
+                f'model.training_rereads is {self.training_rereads}; it needs model.schedule "layers" and a model.fam_length of 1 or more'
+            )
         if self.head_dim is None and self.dim % self.heads:
             raise UserError(
                 f"model.dim is {self.dim}, which is not a multiple of model.heads, {self.heads}; set model.head_dim or change one of them"
@@ -113,6 +118,11 @@ class FamConfig:
     def span(self) -> int:
         """S."""
         return (self.memory_blocks + 1) * self.block
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.training_rereads > 0
 
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token's forward pass, averaged over a sequence of `length`; multiply and add count as two."""
@@ -182,6 +192,13 @@ class Updates(NamedTuple):
     rotation: tuple[jax.Array, jax.Array]  # cos and sin [N, B, F, R] of the FAM after the block
 
 
+class Rereads(NamedTuple):
+    """The blocks that FAM reads, one after another, some of them more than once: J readings of N blocks."""
+
+    block_JB: jax.Array  # int32
+    first_NB: jax.Array  # int32, the first reading of each block
+
+
 class Call(NamedTuple):
     """What all layers of a call share."""
 
@@ -195,6 +212,7 @@ class Call(NamedTuple):
     entering_rotation: tuple[jax.Array, jax.Array] | None  # [B, F, R] of the FAM before the call
     prompt_rotation: tuple[jax.Array, jax.Array] | None  # [B, F, R] of the FAM that documents of the call begin with
     updates: Updates | None
+    rereads: Rereads | None  # None: FAM reads each block once
 
 
 def enter(feedback: Feedback, place: Place, first_LFD: jax.Array) -> Feedback:
@@ -225,6 +243,7 @@ def begin_call(
     *,
     within: bool,
     packed: bool,
+    reread_key: jax.Array | None = None,
 ) -> tuple[Call, jax.Array, Slots, Feedback | None]:
     """What the layers need to know.
 
@@ -237,6 +256,7 @@ def begin_call(
       held_B: int32, tokens of the open block that were read before the call; None: 0.
       within: the T = C columns are those of one block, in which the tokens already stand.
       packed: whether the tokens of a row may belong to several documents.
+      reread_key: draws the blocks that FAM reads more than once; None: it reads each once.
 
     Returns:
       That, the W slots that keys and values are written to, what the ring holds after the call, and the feedback after it but for fam_LBFD.
@@ -255,6 +275,7 @@ def begin_call(
         entering_rotation=None,
         prompt_rotation=None,
         updates=None,
+        rereads=None,
     )
     document_NBC = attention.lay(place.document_BT, call.held_B, C)
     own_NBC, window_NBS = lay_blocks(place.document_BT, slots.document_BS, call)
@@ -293,6 +314,8 @@ def begin_call(
         prompt_rotation=fam_rotation(config, jnp.zeros_like(feedback.position_B), planned_B),
         updates=updates,
     )
+    if reread_key is not None and len(updates.fresh_NB):
+        call = _reread(call, draw_rereads(reread_key, *updates.fresh_NB.shape, config.training_rereads))
 
     changed_1B = jnp.max(jnp.where(completes_NB | replaced_NB, numbers_N1, -1), axis=0, keepdims=True)
     at_change = lambda x_NB: jnp.take_along_axis(x_NB, jnp.maximum(changed_1B, 0), axis=0)[0]
@@ -303,6 +326,39 @@ def begin_call(
     )
     fam_slot_BF = jnp.broadcast_to(S + jnp.arange(config.fam_length, dtype=jnp.int32)[None], (B, config.fam_length))
     return call, jnp.concatenate([slot_BW, fam_slot_BF], axis=1), after, feedback
+
+
+def draw_rereads(key: jax.Array, blocks: int, batch_size: int, rereads: int) -> Rereads:
+    """Each of N blocks once and, in each row, `rereads` N that are drawn uniformly again."""
+    each_NB = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch_size))
+    again = jax.random.randint(key, (blocks * rereads, batch_size), 0, blocks, jnp.int32)
+    block_JB = jnp.sort(jnp.concatenate([each_NB, again]), axis=0)
+    return Rereads(block_JB, jax.vmap(jnp.searchsorted, 1, 1)(block_JB, each_NB).astype(jnp.int32))
+
+
+def _reread(call: Call, rereads: Rereads) -> Call:
+    """With the updates of J readings. At each FAM stands before the block, as at the first."""
+    updates, block_JB = call.updates, rereads.block_JB
+    J = len(block_JB)
+    at = lambda x_NB: jnp.take_along_axis(x_NB, block_JB.reshape(J, -1, *(1,) * (x_NB.ndim - 2)), axis=0)
+    same_B = jnp.zeros_like(block_JB[:1], bool)
+    follows_JB = jnp.concatenate([same_B, block_JB[1:] == block_JB[:-1]])
+    followed_JB = jnp.concatenate([follows_JB[1:], same_B])
+    expand = lambda x_JB: x_JB[..., None, None]
+    turns = []
+    for behind_NBFR, entering_BFR, prompt_BFR in zip(updates.rotation, call.entering_rotation, call.prompt_rotation):
+        before_NBFR = jnp.concatenate([entering_BFR[None], behind_NBFR[:-1]])
+        before_NBFR = jnp.where(expand(updates.replaced_NB), prompt_BFR[None], before_NBFR)
+        turns.append(jnp.where(expand(followed_JB), at(before_NBFR), at(behind_NBFR)))
+    updates = Updates(
+        at(updates.replaced_NB) & ~follows_JB,
+        at(updates.fresh_NB) & ~follows_JB,
+        at(updates.seen_NBC),
+        at(updates.completes_NB),
+        at(updates.detaches_NB) & ~followed_JB,
+        tuple(turns),
+    )
+    return call._replace(updates=updates, rereads=rereads)
 
 
 def _kept(place: Place, slots: Slots, span: int) -> tuple[jax.Array | None, jax.Array, Slots]:

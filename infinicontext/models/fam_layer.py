@@ -116,7 +116,8 @@ class Block(nnx.Module):
         Returns:
           The keys and values of FAM that tokens of each block may see [N, B, P], the FAM after the call, and its keys and values [B, F].
         """
-        updates, N = call.updates, own.k_BSGK.shape[0]
+        updates, rereads, N = call.updates, call.rereads, own.k_BSGK.shape[0]
+        select = lambda x_NB, at_JB: jnp.take_along_axis(x_NB, at_JB.reshape(*at_JB.shape, *(1,) * (x_NB.ndim - 2)), axis=0)
         before = (fam_BFD, *self.fam_project(fam_BFD, call.entering_rotation, first_FD))
         if packed:
             prompt_BFD = jnp.broadcast_to(first_FD[None], fam_BFD.shape)
@@ -131,9 +132,15 @@ class Block(nnx.Module):
             after = (after_BFD, *self.fam_project(after_BFD, update.rotation, first_FD))
             return select_rows(update.completes_NB, after, current), Cache(*entering[2:])
 
-        (fam_BFD, _, *last), keys = jax.lax.scan(step, before, (jax.tree.map(lambda x: x[: len(updates.fresh_NB)], own), updates))
+        if rereads is None:
+            own = jax.tree.map(lambda x_NBC: x_NBC[: len(updates.fresh_NB)], own)
+        else:
+            own = jax.tree.map(lambda x_NBC: select(x_NBC, rereads.block_JB), own)
+        (fam_BFD, _, *last), keys = jax.lax.scan(step, before, (own, updates))
         last = Cache(*last)
-        if len(updates.fresh_NB) < N:
+        if rereads is not None:
+            keys = jax.tree.map(lambda x_JBF: select(x_JBF, rereads.first_NB), keys)
+        if keys.k_BSGK.shape[0] < N:
             keys = jax.tree.map(lambda x_NBF, last_BF: jnp.concatenate([x_NBF, last_BF[None]]), keys, last)
         if packed:
             also = lambda x_NBF, x_BF: jnp.concatenate([x_NBF, jnp.broadcast_to(x_BF[None], x_NBF.shape)], axis=2)
