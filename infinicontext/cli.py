@@ -1,4 +1,4 @@
-"""The command line: train, eval, sweep, compare, generate, convert, bench, info.
+"""The command line: train, eval, sweep, compare, generate, convert, search-rope, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
@@ -27,6 +27,7 @@ from infinicontext.experiment_file import load, one_experiment, override
 from infinicontext.inference.generate import Generation, RopePolicy, stream
 from infinicontext.inference.norm_refresh import check_refresh, reader
 from infinicontext.inference.text import TextStream, follow
+from infinicontext.longrope.search import SearchConfig
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.pretrained.megalodon import Rope
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.parser.print_help()
                 sys.exit(0)
             if options.run is not run_info:
-                options.parser.error("the run folder is missing" if options.run is run_eval else "the experiment is missing")
+                what = {run_eval: "run folder", run_search_rope: "model"}.get(options.run, "experiment")
+                options.parser.error(f"the {what} is missing")
         options.run(options)
     except UserError as error:
         print(f"infinicontext: {error}", file=sys.stderr)
@@ -165,7 +167,24 @@ def make_parser() -> Parser:
     command.add_argument("--beacon-token", type=int, help="--to beacon: the token whose embedding beacons begin with; default: end of text")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
+    command.add_argument("--factors", type=pathlib.Path, help="to a run: rotary factors that search-rope has written")
     command.add_argument("--shards", type=int, metavar="N", help="--to megalodon: the model-parallel size; default: 1")
+    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+    text = "Search rotary factors (LongRoPE) for texts longer than a Transformer was trained on. Any field of the search can follow, as in"
+    command = add("search-rope", run_search_rope, f"{text} --iterations 20; --help after a model lists them.", takes_overrides=True)
+    command.add_argument("folder", nargs="?", metavar="MODEL", help="a run folder or a Hugging Face folder")
+    command.add_argument("--target-length", help="tokens, as in 32k")
+    command.add_argument(
+        "--output", type=pathlib.Path, help="a .json file; a picture and the search so far are put beside it"
+    )
+    command.add_argument("--data", help="documents to search on, as --data.source; default: those that a run keeps for validation")
+    command.add_argument("--original-length", help="tokens the model was trained on; default: what the folder says")
+    command.add_argument("--documents", type=int, default=5, help="that candidates read, each of the target length")
+    command.add_argument("--short", action="store_true", help="the factors for texts up to the original length, of a model with longrope")
+    command.add_argument("--batch", type=int, default=32, help="candidates of a call")
+    command.add_argument("--lanes", type=int, default=1, help="candidates that a device reads side by side")
+    command.add_argument("--segment", type=int, default=4096, help="tokens per call of the model")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
@@ -325,6 +344,8 @@ def run_convert(options: argparse.Namespace) -> None:
         raise UserError("--dtype goes with --to huggingface; parameters are written as they are otherwise")
     if options.shards is not None and to != "megalodon":
         raise UserError(f"--shards is {options.shards}; it goes with --to megalodon")
+    if options.factors is not None and to in ("huggingface", "megalodon"):
+        raise UserError(f"--factors is {options.factors}; it goes with --to run or a memory")
     if options.step is not None and not from_run:
         raise UserError(f"--step is {options.step}, but {options.source} is no run folder and has no checkpoints")
     if options.rope is not None and not weights.is_official(options.source):
@@ -339,9 +360,34 @@ def run_convert(options: argparse.Namespace) -> None:
             grow = {"infini": with_memory, "fam": with_feedback_memory, "beacon": with_beacons}.get(to)
             grow = grow and functools.partial(grow, options)
             how = {"step": options.step, "rope": options.rope, "grow": grow, "prompt": options.prompt or "tokens"}
-            how["beacon_token"] = options.beacon_token
+            how |= {"beacon_token": options.beacon_token, "factors": options.factors}
             weights.to_run(options.source, options.target, mesh, **how, command=options.line)
     print(options.target)
+
+
+def run_search_rope(options: argparse.Namespace) -> None:
+    """infinicontext search-rope MODEL --target-length L --output FACTORS.json [--data ...] [--field value ...]"""
+    # Here, because nothing else needs it.
+    from infinicontext.search_rope import Task, search_rope
+
+    config = override(SearchConfig(), options.overrides, options.parser)
+    for name in ("target_length", "output"):
+        if getattr(options, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing")
+    for name in ("documents", "batch", "lanes", "segment"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    task = Task(
+        pathlib.Path(options.folder),
+        parse_length(options.target_length),
+        options.output,
+        options.data,
+        None if options.original_length is None else parse_length(options.original_length),
+        *(options.documents, options.short, options.batch, options.lanes, options.segment, options.step),
+    )
+    enable_compilation_cache()
+    search_rope(task, config, sharding.make_mesh(sharding.MeshConfig()))
+    print(options.output)
 
 
 def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.InfiniConfig:

@@ -8,11 +8,14 @@ import inspect
 import io
 import pathlib
 import re
+from typing import TypeVar
 
 import tyro
 
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
+
+T = TypeVar("T")
 
 
 def load(reference: str):
@@ -39,8 +42,9 @@ def load(reference: str):
         close = difflib.get_close_matches(name, functions, n=1)
         raise UserError(f"{file} has no experiment {name}{f'; did you mean {close[0]}?' if close else ''} It has: {', '.join(functions)}")
     function = getattr(module, name)
-    if inspect.isclass(function) or inspect.signature(function).parameters:
-        raise UserError(f"{reference} takes arguments; an experiment is a function without any")
+    required = [] if inspect.isclass(function) else [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
+    if inspect.isclass(function) or required:
+        raise UserError(f"{reference} needs arguments; an experiment is a function that needs none")
     return function()
 
 
@@ -52,8 +56,8 @@ def one_experiment(reference: str) -> Experiment:
     return experiment
 
 
-def override(experiment: Experiment, arguments: list[str], parser: argparse.ArgumentParser) -> Experiment:
-    """The experiment with fields changed by `arguments`, as in ["--optimizer.learning-rate", "1e-3"].
+def override(config: T, arguments: list[str], parser: argparse.ArgumentParser) -> T:
+    """The dataclass with fields changed by `arguments`, as an experiment's in ["--optimizer.learning-rate", "1e-3"].
 
     With --help among them, prints the help of `parser` (the command's own) and of all fields, and exits.
 
@@ -66,9 +70,9 @@ def override(experiment: Experiment, arguments: list[str], parser: argparse.Argu
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[type(experiment)],
+                tyro.conf.AvoidSubcommands[type(config)],
                 prog=parser.prog,
-                default=experiment,
+                default=config,
                 args=arguments,
                 config=(tyro.conf.FlagConversionOff,),
             )
@@ -88,6 +92,6 @@ def one_sentence(box: str) -> str:
             paragraphs[-1].append(text)
         elif paragraphs[-1]:
             paragraphs.append([])
-    said = " ".join(paragraphs[0]).removeprefix("Error parsing Experiment: ").rstrip(".")
+    said = re.sub(r"^Error parsing \w+: ", "", " ".join(paragraphs[0])).rstrip(".")
     near = next((re.search(r"--\S+", " ".join(lines[1:])) for lines in paragraphs if lines and "you meant" in lines[0]), None)
     return f"{said}; did you mean {near[0]}?" if near else said

@@ -51,3 +51,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes a JSON file that is never half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    temporary.replace(path)

@@ -37,12 +37,12 @@ def full():
     )
 
 
-def keys():
+def keys(window=8):
     """A window on passkeys."""
     return dataclasses.replace(
         full(),
         name="keys",
-        model=TransformerConfig(vocab_size=64, dim=16, layers=1, heads=2, attention="window", window=8),
+        model=TransformerConfig(vocab_size=64, dim=16, layers=1, heads=2, attention="window", window=window),
         data=PasskeyData(lengths=(96,), digits=2),
         evaluation=Evaluation(
             tasks=("passkey",),
@@ -51,6 +51,10 @@ def keys():
             passkey=PasskeyEvaluation(depths=(0.0, 1.0), samples=2, batch_size=4, digits=2),
         ),
     )
+
+
+def sized(dim):
+    return full()
 
 
 def everything():
@@ -218,6 +222,7 @@ MISTAKES = {
     "compare config_cut": ["config.json", "JSON"],
     "info missing.py:full": ["missing.py"],
     "info experiments.py:full --steps 0": ["steps is 0"],
+    "info experiments.py:sized": ["experiments.py:sized", "needs arguments"],
     "info other_things": ["other_things", "config.json"],
     "info experiments.py:full --model.vocab-size 100": ["model.vocab_size is 100", "257"],
 }

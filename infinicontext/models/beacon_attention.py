@@ -97,6 +97,8 @@ class BeaconConfig:
             )
         if self.heads % self.kv_head_count:
             raise UserError(f"model.heads is {self.heads}, which is not a multiple of model.kv_heads, {self.kv_heads}")
+        if self.rope.start_tokens:
+            raise UserError(f"model.rope.start_tokens is {self.rope.start_tokens}; with beacons, whose positions move, it must be 0")
         rope_table(self.rope, self.head_size)
 
     @staticmethod

@@ -24,7 +24,7 @@ from infinicontext.nn.embedding import Embedding
 from infinicontext.nn.feed_forward import SwiGLU
 from infinicontext.nn.norms import RMSNorm
 from infinicontext.nn.parameters import at_least_float32, constant, normal, stack, use
-from infinicontext.nn.rope import RopeConfig, apply_rope, rope_table, rotation
+from infinicontext.nn.rope import RopeConfig, Stretch, apply_rope, rope_table, rotation
 from infinicontext.sharding import constrain
 
 
@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
         return None if self.config.span else state.slots.position_BS.shape[1] - state.cursor.count_B
 
     def hidden(
-        self, tokens_BT: jax.Array, state: TransformerState, segment_ids_BT: jax.Array | None = None
+        self, tokens_BT: jax.Array, state: TransformerState, segment_ids_BT: jax.Array | None = None, *, stretch: Stretch | None = None
     ) -> tuple[jax.Array, TransformerState]:
         """Reads T tokens from wherever the stream stands.
 
@@ -267,6 +267,7 @@ class Transformer(nnx.Module):
           tokens_BT: int32.
           state: what was read before.
           segment_ids_BT: int32, see nn/cursor.py; None continues the current document.
+          stretch: a rotary table in place of the config's, which may be traced.
 
         Returns:
           hidden_BTD in the compute dtype, normalised for the head, and the state after the last token. Where full attention runs out of
@@ -288,7 +289,8 @@ class Transformer(nnx.Module):
             attention.write(state.slots.position_BS, place.position_BT, slot_BT),
             attention.write(state.slots.document_BS, place.document_BT, slot_BT),
         )
-        rotation_BTR = rotation(config.rope, config.head_size, place.position_BT, next_cursor.planned_B, at_least_float32(config.dtype))
+        wide = at_least_float32(config.dtype)
+        rotation_BTR = rotation(config.rope, config.head_size, place.position_BT, next_cursor.planned_B, wide, stretch)
 
         def layer(x_BTD, block_and_cache):
             block, cache = block_and_cache

@@ -27,7 +27,10 @@ ROPE_FIELDS = {
     "dynamic": _LENGTHS,
     "yarn": (*_LENGTHS, "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
     "llama3": (*_LENGTHS, "low_frequency_factor", "high_frequency_factor"),
-    "longrope": (*_LENGTHS, "short_factors", "long_factors", "attention_factor", "short_attention_factor", "long_attention_factor"),
+    "longrope": (
+        *(*_LENGTHS, "short_factors", "long_factors", "start_tokens"),
+        *("attention_factor", "short_attention_factor", "long_attention_factor"),
+    ),
 }
 
 
@@ -58,6 +61,7 @@ class RopeConfig:
     high_frequency_factor: float = 4.0  # llama3: as beta_fast
     short_factors: tuple[float, ...] | None = None  # longrope: divisors of the R frequencies for texts up to original_length; None: all 1
     long_factors: tuple[float, ...] | None = None  # longrope: divisors for longer texts
+    start_tokens: int = 0  # longrope: first positions of longer texts, which turn as without factors and without an attention factor
     short_attention_factor: float | None = None  # longrope: the attention factor that goes with short_factors, if it has its own
     long_attention_factor: float | None = None  # longrope: the same for long_factors
 
@@ -91,6 +95,7 @@ class RopeConfig:
         low = self.low_frequency_factor
         require("low_frequency_factor", low > 0, "greater than 0")
         require("high_frequency_factor", self.high_frequency_factor > low, f"greater than rope.low_frequency_factor, {low}")
+        require("start_tokens", self.start_tokens >= 0, "0 or more")
         require("long_factors", self.long_factors is not None or self.scheme != "longrope", "given")
         for name in ("short_factors", "long_factors"):
             require(name, all(factor > 0 for factor in getattr(self, name) or ()), "numbers greater than 0")
@@ -117,6 +122,13 @@ class Turns(NamedTuple):
     whole_R: jax.Array | np.ndarray  # int32, ticks per token, modulo 2^32
     rest_R: jax.Array | np.ndarray  # float, the fraction of a tick left over
     attention_factor: jax.Array | np.ndarray | float
+
+
+class Stretch(NamedTuple):
+    """A table in place of a config's whose numbers may be traced: what a search for factors tries (longrope/search.py)."""
+
+    turns: Turns  # arrays [R]
+    start_tokens: jax.Array | np.ndarray  # int32, first positions, which turn by the config's frequencies without any scheme
 
 
 def rope_table(config: RopeConfig, head_dim: int, planned_length: int | None = None) -> RopeTable:
@@ -208,7 +220,12 @@ def _yarn_table(config: RopeConfig, theta_R: np.ndarray, s: float) -> RopeTable:
 
 
 def rotation(
-    config: RopeConfig, head_dim: int, positions_BT: jax.Array, planned_B: jax.Array, dtype: jnp.dtype = jnp.float32
+    config: RopeConfig,
+    head_dim: int,
+    positions_BT: jax.Array,
+    planned_B: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+    stretch: Stretch | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every pair's angle, by the table that each row's plan asks for.
 
@@ -220,11 +237,15 @@ def rotation(
         compiles nothing anew. Beyond original_length `dynamic` computes its frequencies in `dtype`; in float32 its angles are off by
         2e-4 radians at position 4,000 and 4e-2 at a million (128 dims, base 1e4).
       dtype: float32 or float64.
+      stretch: a table in place of the config's, for all rows.
 
     Returns:
       cos_BTR and sin_BTR, times the attention factor.
     """
     original, plan_B11 = config.original_length, planned_B[:, None, None]
+    if stretch is not None:
+        turned = rope_cos_sin(stretch.turns, positions_BT, dtype)
+        return _with_start(config, head_dim, positions_BT, turned, positions_BT < stretch.start_tokens)
     if config.scheme == "longrope":
         short, long = (fixed_point(rope_table(config, head_dim, length)) for length in (original, original + 1))
         turns = jax.tree.map(lambda short, long: jnp.where(plan_B11 > original, long, short), short, long)
@@ -244,7 +265,17 @@ def rotation(
         )
     else:
         turns = fixed_point(rope_table(config, head_dim))
-    return rope_cos_sin(turns, positions_BT, dtype)
+    turned = rope_cos_sin(turns, positions_BT, dtype)
+    if not config.start_tokens:
+        return turned
+    return _with_start(config, head_dim, positions_BT, turned, (positions_BT < config.start_tokens) & (planned_B[:, None] > original))
+
+
+def _with_start(config: RopeConfig, head_dim: int, positions_BT, turned, start_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, at a text's start as they are without a scheme (LongRoPE, section 3.1)."""
+    plain = rope_table(RopeConfig(base=config.base, partial=config.partial), head_dim)
+    plain = rope_cos_sin(fixed_point(plain), positions_BT, turned[0].dtype)
+    return tuple(jnp.where(start_BT[..., None], start, rest) for start, rest in zip(plain, turned))
 
 
 _TICKS = 2**32 / (2 * np.pi)  # per radian

@@ -160,6 +160,7 @@ def obstacles(config: TransformerConfig, family: Family) -> list[str]:
         # transformers has one factor for both sets.
         "rope.short_attention_factor": rope.short_attention_factor is not None,
         "rope.long_attention_factor": rope.long_attention_factor is not None,
+        f"rope.start_tokens {rope.start_tokens}": rope.start_tokens > 0,
     }
     return [name for name, found in checks.items() if found]
 

@@ -12,10 +12,10 @@ from infinicontext.data.pipeline import tokenizer_of, validation_batches
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import evaluate
 from infinicontext.experiment import Experiment, to_plain
+from infinicontext.files import write_json
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted
 from infinicontext.training.loop import check, enable_compilation_cache
-from infinicontext.training.run_folder import write_json
 from infinicontext.training.step import make_steps
 from infinicontext.training.weights import merged, restore
 

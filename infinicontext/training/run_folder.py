@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import jax
 from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment, differences, from_plain, to_plain
+from infinicontext.files import write_json
 from infinicontext.nn.parameters import parameter_count
 
 KEPT = "huggingface"  # in a run folder: the small files of the Hugging Face folder it came from
@@ -125,10 +125,3 @@ def commit() -> str:
     here = pathlib.Path(__file__).parent
     result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def write_json(path: pathlib.Path, record: dict) -> None:
-    """Writes a JSON file that is never half written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -25,6 +25,7 @@ from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.files import new_folder
+from infinicontext.longrope.factors import load_factors
 from infinicontext.models import ModelConfig
 from infinicontext.models.streaming import Model
 from infinicontext.nn.parameters import is_parameter
@@ -266,12 +267,15 @@ def to_run(
     *,
     step: int | None = None,
     rope: Rope | None = None,
+    factors: pathlib.Path | None = None,
     grow: Callable[[models.TransformerConfig], models.InfiniConfig | models.FamConfig | models.BeaconConfig] | None = None,
     prompt: Prompt = "tokens",
     beacon_token: int | None = None,
     command: str = "",
 ) -> None:
     """Makes a run folder with nothing but parameters: of a pretrained folder (`rope` as in `load_model`), at step 0, or of a run.
+
+    `factors` is a file of longrope/factors.py, by which a Transformer is to turn.
 
     With `grow` the model, which must be a Transformer, gets the memory of the config which `grow` makes of its own. `prompt` is what FAM
     begins as: embeddings of tokens, which attention is used to, or random numbers of their size. `beacon_token` is the token whose
@@ -287,6 +291,11 @@ def to_run(
         else:
             step, model = 0, _load_pretrained(source, mesh, rope=rope)
             experiment = Experiment(target.name, model.config, CorpusData(tokenizer=KEPT))
+        if factors is not None:
+            if not isinstance(model.config, models.TransformerConfig):
+                raise UserError(f"--factors is {factors}; the model in {source}, a {type(model).__name__}, takes none")
+            config = dataclasses.replace(model.config, rope=load_factors(factors, model.config.head_size))
+            model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config)
         if grow is not None:
             model, step = merged(model), 0
             if not isinstance(model.config, models.TransformerConfig):

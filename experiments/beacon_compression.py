@@ -1,0 +1,95 @@
+r"""Activation Beacon: a frozen Transformer learns to put a text's chunks into a few keys and values, and is asked far beyond its training.
+
+    infinicontext train experiments/beacon_compression.py:keys --workdir runs/beacon/keys
+    infinicontext train experiments/beacon_compression.py:keys_beacon --workdir runs/beacon/keys_beacon
+    infinicontext eval runs/beacon/keys_beacon --tasks passkey --lengths 512 4k --model.ratios 8
+
+Not run yet.
+"""
+
+import dataclasses
+
+from infinicontext.data.pipeline import CorpusData, PasskeyData
+from infinicontext.evaluation.passkey import PasskeyEvaluation
+from infinicontext.evaluation.perplexity import PerplexityEvaluation
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext.models.beacon_attention import BeaconConfig
+from infinicontext.models.transformer import TransformerConfig
+from infinicontext.objectives.next_token import NextToken
+from infinicontext.training.optimizer import OptimizerConfig
+
+
+def keys() -> Experiment:
+    """The backbone for passkey retrieval: full attention, which has seen positions up to 1,024."""
+    return Experiment(
+        name="keys",
+        model=TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, remat=False),
+        data=PasskeyData(lengths=(256, 1024), stage_steps=(400,), shortest=(80, 80), depths=(-0.1, 1.1)),
+        objective=NextToken(loss="answers", context_weight=0.3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
+        evaluation=Evaluation(tasks=("passkey",), lengths=(512, 1024, 2048, 4096), passkey=PasskeyEvaluation(samples=20)),
+        steps=700,
+        batch_size=32,
+        log_every=20,
+        validation_every=100,
+        checkpoint_every=100,
+    )
+
+
+def keys_beacon() -> Experiment:
+    """Beacons for it, which alone are trained: on rows of four chunks of 128 tokens, at ratios 2, 4 and 8 drawn for each chunk."""
+    experiment = keys()
+    return dataclasses.replace(
+        experiment,
+        name="keys_beacon",
+        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8)),
+        data=dataclasses.replace(experiment.data, lengths=(512,), stage_steps=(), shortest=(256,)),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, train=("beacon",)),
+        evaluation=dataclasses.replace(experiment.evaluation, lengths=(512, 1024, 2048, 4096, 8192)),
+        start_from="runs/beacon/keys",
+        steps=600,
+        batch_size=16,
+    )
+
+
+def text() -> Experiment:
+    """The backbone for language modelling: bytes of Python's source code, rows of 1,024."""
+    return Experiment(
+        name="text",
+        model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, remat=False),
+        data=CorpusData(source="python", tokenizer="bytes", length=1024),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        evaluation=Evaluation(tasks=("perplexity",), lengths=(1024, 2048, 4096, 8192, 16384), perplexity=PerplexityEvaluation(documents=8)),
+        steps=600,
+        batch_size=8,
+        validation_every=100,
+        checkpoint_every=100,
+    )
+
+
+def text_beacon() -> Experiment:
+    """Beacons for it: rows of four chunks of 256 bytes."""
+    experiment = text()
+    return dataclasses.replace(
+        experiment,
+        name="text_beacon",
+        model=BeaconConfig.of(experiment.model, chunk=256, ratios=(2, 4, 8)),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, train=("beacon",)),
+        start_from="runs/beacon/text",
+        steps=300,
+    )
+
+
+def text_full() -> Experiment:
+    """Full attention tuned on as many bytes in rows of 8,192, the length that beacons are asked at: what they are to come near."""
+    experiment = text()
+    return dataclasses.replace(
+        experiment,
+        name="text_full",
+        data=dataclasses.replace(experiment.data, length=8192),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3),
+        start_from="runs/beacon/text",
+        steps=300,
+        batch_size=1,
+    )

@@ -1,0 +1,178 @@
+"""infinicontext search-rope: factors for a model, searched on documents of the target length, written with their history and a picture."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from infinicontext.data.corpora import Corpus, load_corpus
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.errors import UserError
+from infinicontext.experiment import to_plain
+from infinicontext.longrope.factors import known_factors, magnitude, save_factors
+from infinicontext.longrope.score import Documents, Scorer, first_tokens, needles
+from infinicontext.longrope.search import CriticalSpace, Progress, SearchConfig, Space, evolve
+from infinicontext.models.transformer import Transformer
+from infinicontext.nn.rope import RopeConfig, rope_table
+from infinicontext.training.run_folder import load_config
+from infinicontext.training.weights import Loaded, is_run, load_model
+
+BASELINES = ("pi", "ntk", "yarn")
+
+
+class Task(NamedTuple):
+    """What is searched for which model, as the command line says."""
+
+    model: pathlib.Path  # a run folder or a Hugging Face folder
+    target_length: int
+    output: pathlib.Path
+    data: str | None  # None: what the run was trained on, its validation documents
+    original_length: int | None  # None: what the folder says
+    documents: int
+    short: bool  # factors for texts up to the original length
+    batch: int
+    lanes: int
+    segment: int
+    step: int | None
+
+
+def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
+    """Searches, or resumes the search of the same output, and writes OUTPUT (JSON), OUTPUT's .search.json and .png.
+
+    Returns:
+      The scheme with the best factors.
+
+    Raises:
+      UserError: the model has no rotary factors to search, a length or the data do not fit, or a file cannot be written.
+    """
+    if not task.output.resolve().parent.is_dir():
+        raise UserError(f"--output {task.output}: there is no folder {task.output.parent}")
+    loaded = load_model(task.model, mesh, step=task.step)
+    model = loaded.model
+    if not isinstance(model, Transformer) or model.config.rope.scheme not in ("default", "longrope"):
+        said = f"a {type(model).__name__} with rope.scheme {getattr(getattr(model.config, 'rope', None), 'scheme', 'none')}"
+        raise UserError(f"{task.model} holds {said}; factors are searched for a Transformer with the scheme default or longrope")
+    rope, original = model.config.rope, task.original_length or original_length(task.model, loaded)
+    if task.target_length < original:
+        raise UserError(f"--target-length is {task.target_length}; it must be the original length, {original}, or more")
+    if task.short and (rope.scheme != "longrope" or task.target_length != original):
+        raise UserError(f"--short is for a model with longrope, at --target-length {original}, its original length")
+    scale, done = task.target_length / original, 1.0
+    if task.short:
+        config = dataclasses.replace(config, start_tokens=(0,))
+        found = dataclasses.replace(rope, long_factors=rope.short_factors or (1.0,) * len(rope.long_factors))
+        factor = rope_table(rope, model.config.head_size, original).attention_factor
+    else:
+        found, factor = rope, magnitude(config.magnitude, scale, original)
+        done = (rope.length or rope.factor * original) / original if rope.scheme == "longrope" else 1.0
+        if task.target_length <= done * original and (scale == 1 or done > 1):
+            raise UserError(f"--target-length is {task.target_length}; the model reads {int(done * original)} tokens already")
+    kind = CriticalSpace if config.algorithm == "longrope2" else Space
+    space = kind(config, found, model.config.head_size, scale, original, done)
+    corpus = read_corpus(task, loaded)
+    choose = needles if config.algorithm == "longrope2" else first_tokens
+    extra = (loaded.tokenizer,) if choose is needles else ()
+    documents: Documents = choose(corpus, *extra, task.target_length, task.documents, config.seed)
+    score = Scorer(model, documents, rope, factor, mesh=mesh, batch=task.batch, lanes=task.lanes, segment=task.segment)
+
+    about = {
+        "model": str(task.model),
+        "target_length": task.target_length,
+        "original_length": original,
+        "short": task.short,
+        "documents": task.documents,
+        "data": corpus.fingerprint(),
+        "search": to_plain(config),
+    }
+    with tqdm(total=config.iterations + 1, disable=not sys.stderr.isatty(), unit="iteration") as bar:
+
+        def say(progress: Progress) -> None:
+            bar.update(progress.iteration + 1 - bar.n)
+            bar.set_postfix_str(f"best {math.exp(progress.ranked[0][0]):.4g}")
+            if bar.disable:
+                last = progress.history[-1]
+                line = f"iteration {last['iteration']}/{config.iterations} best {last['loss']:.5f} nats, {last['scored']} scored"
+                print(line, file=sys.stderr, flush=True)
+
+        progress = evolve(space, score, file=task.output.with_suffix(".search.json"), about=about, say=say)
+
+    loss, best = progress.ranked[0]
+    factors = tuple(np.round(space.factors(best), 10).tolist())
+    if task.short:
+        result = dataclasses.replace(rope, short_factors=factors)
+    else:
+        result = RopeConfig(
+            "longrope",
+            base=rope.base,
+            partial=rope.partial,
+            factor=scale,
+            original_length=original,
+            length=task.target_length,
+            short_factors=rope.short_factors,
+            long_factors=factors,
+            start_tokens=space.start_tokens(best),
+            attention_factor=factor,
+        )
+    compared = {name: known_factors(name, rope, model.config.head_size, scale, original) for name in BASELINES}
+    losses = dict(zip(compared, score(np.stack(list(compared.values())), np.zeros(len(compared), np.int32)).tolist()))
+    save_factors(task.output, result, about | {"loss": loss, "losses_of_known_factors": losses, "scored": progress.history[-1]["scored"]})
+    draw(task.output.with_suffix(".png"), progress, compared, losses, factors, scale)
+    print(
+        f"loss {loss:.4f} nats; " + ", ".join(f"{name} {losses[name]:.4f}" for name in losses) + f" (same attention factor, {factor:.4f})"
+    )
+    return result
+
+
+def original_length(folder: pathlib.Path, loaded: Loaded) -> int:
+    """Tokens a model was trained on at first."""
+    config = loaded.model.config
+    if config.rope.original_length:
+        return config.rope.original_length
+    if is_run(folder):
+        return load_config(folder).train_length
+    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    # Mistral 7B has seen no distance beyond its window.
+    return min(longest, config.window) if config.attention == "window" else longest
+
+
+def read_corpus(task: Task, loaded: Loaded) -> Corpus:
+    """Documents to search on."""
+    if loaded.tokenizer is None:
+        raise UserError(f"{task.model} has no tokenizer, which documents need")
+    if task.data is not None:
+        return load_corpus(task.data, loaded.tokenizer, "train", 0.0)
+    data = load_config(task.model).data if is_run(task.model) else None
+    if not isinstance(data, CorpusData):
+        raise UserError("--data is missing; it names the documents to search on, for the model was not trained on a corpus here")
+    return load_corpus(data.source, loaded.tokenizer, "validation", data.validation_fraction)
+
+
+def draw(path: pathlib.Path, progress: Progress, compared: dict, losses: dict, factors: tuple[float, ...], scale: float) -> None:
+    """The best loss by iteration, beside known factors; and the factors themselves."""
+    # Here, because matplotlib takes a second to import.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from infinicontext.evaluation.plots import COLORS, LINES, STYLE
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 7), layout="constrained")
+        above, below = figure.subplots(2)
+        above.plot([entry["scored"] for entry in progress.history], [entry["loss"] for entry in progress.history], color=COLORS[0])
+        for number, name in enumerate(compared, 1):
+            style = {"color": COLORS[number], "linestyle": LINES[number % len(LINES)]}
+            if np.isfinite(losses[name]):
+                above.axhline(losses[name], label=name, **style)
+            below.plot(compared[name], label=name, **style)
+        below.plot(factors, color=COLORS[0], label="found")
+        above.set(title="Best loss", xlabel="candidates scored", ylabel="nats per token")
+        below.set(title=f"Factors for {scale:g} times the original length", xlabel="rotary pair, the fastest first", yscale="log")
+        above.legend()
+        below.legend()
+        figure.savefig(path)
