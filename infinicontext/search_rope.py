@@ -118,6 +118,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
             long_factors=factors,
             start_tokens=space.start_tokens(best),
             attention_factor=factor,
+            # LongRoPE2 leaves short texts as they were.
+            short_attention_factor=1.0 if config.algorithm == "longrope2" else rope.short_attention_factor,
         )
     compared = {name: known_factors(name, rope, model.config.head_size, scale, original) for name in BASELINES}
     losses = dict(zip(compared, score(np.stack(list(compared.values())), np.zeros(len(compared), np.int32)).tolist()))

@@ -1,5 +1,6 @@
 """The next-token objective against its definition. Shape letters: B batch rows, T tokens read, D channels, V vocabulary."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,6 +16,7 @@ from infinicontext.data.pipeline import CorpusData, train_batches
 from infinicontext.errors import UserError
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn.embedding import Embedding
+from infinicontext.nn.rope import RopeConfig
 from infinicontext.objectives.next_token import NextToken, counted, token_losses, token_weights, weighted_loss
 
 CONFIG = TransformerConfig(vocab_size=17, dim=16, layers=1, heads=2, feed_forward=24, remat=False)
@@ -150,6 +152,19 @@ def test_loss_of_packed_documents_is_their_own(model):
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
 
 
+def test_rows_of_short_documents_turn_by_short_factors():
+    """Mixed windows: the rotary table of a row is that of its longest document, here of 6 and 13 tokens."""
+    rope = {"factor": 2.0, "original_length": 6, "attention_factor": 1.2, "short_attention_factor": 1.0}
+    longrope = dataclasses.replace(CONFIG, rope=RopeConfig("longrope", long_factors=(1.0, 1.5, 3.0, 4.0), **rope))
+    found = []
+    for config in (CONFIG, longrope):
+        model = models.build(config, nnx.Rngs(0))
+        rows = [{name: value[row : row + 1] for name, value in random_batch().items()} for row in range(2)]
+        found.append([loss_and_gradient(NextToken(), model, row)[0] for row in rows])
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert abs(found[0][1] - found[1][1]) > 1e-4
+
+
 def test_pipeline_marks_document_borders(tmp_path):
     """In a real batch the weight of the first token of each document as a target is 0, of all others the same."""
     texts = ["abc" * n for n in range(2, 12)]
@@ -182,7 +197,7 @@ class Table(nnx.Module):
     def __init__(self, table_VD):
         self.table_VD = nnx.Param(table_VD)
 
-    def init_state(self, batch_size, capacity=None):
+    def init_state(self, batch_size, capacity=None, planned=None):
         return ()
 
     def hidden(self, tokens_BT, state, segment_ids_BT=None):

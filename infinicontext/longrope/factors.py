@@ -74,6 +74,8 @@ def save_factors(path: pathlib.Path, rope: RopeConfig, about: dict[str, Any]) ->
         "rope_type": "longrope",
         "factor": rope.factor,
         "attention_factor": rope.attention_factor,
+        "short_mscale": rope.short_attention_factor,
+        "long_mscale": rope.long_attention_factor,
         "short_factor": None if rope.short_factors is None else list(rope.short_factors),
         "long_factor": list(rope.long_factors),
     }

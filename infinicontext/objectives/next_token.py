@@ -110,14 +110,18 @@ def weighted_loss(
       model: any model.
       batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1], weights float32 [B, T].
       dropout_key: for models with dropout, in training; None: no dropout.
-      state: what the model has read before; None: nothing.
+      state: what the model has read before; None: nothing, and the longest document of each row is what it is planned for: so with
+        LongRoPE rows of short documents turn by short factors, as such texts will (mixed windows, LongRoPE2, section 3.4).
 
     Returns:
       The loss, a float32 scalar, and the state after the rows.
     """
     tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    state = model.init_state(*tokens_BT.shape) if state is None else state
+    if state is None:
+        place, _ = cursor.advance(cursor.start(len(tokens_BT)), tokens_BT.shape[1], batch["segment_ids"][:, :-1])
+        longest_B = jnp.max(jnp.where(place.document_BT > 0, place.position_BT + 1, 0), axis=1)
+        state = model.init_state(*tokens_BT.shape, longest_B)
     hidden_BTD, state = model.hidden(tokens_BT, state, batch["segment_ids"][:, :-1], **dropout)
     losses_BT = token_losses(model, hidden_BTD, targets_BT, chunk=objective.chunk)
     # A token of weight 0 (padding, a document's last token) may have a loss of no meaning.
