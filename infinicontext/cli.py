@@ -1,4 +1,5 @@
-"""The command line: train, eval, sweep, compare, generate, convert, search-rope, bench, info.
+"""The command line: train, eval, sweep, compare, generate, convert, search-rope,
+score-tokens, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
@@ -19,7 +20,7 @@ from typing import get_args
 import jax
 
 from infinicontext import models, sharding
-from infinicontext.data.pipeline import PasskeyData
+from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import state_grows
 from infinicontext.experiment import Experiment, differences
@@ -183,6 +184,17 @@ def make_parser() -> Parser:
     command.add_argument("--batch", type=int, default=32, help="candidates of a call")
     command.add_argument("--lanes", type=int, default=1, help="candidates that a device reads side by side")
     command.add_argument("--segment", type=int, default=4096, help="tokens per call of the model")
+    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+    text = "Score a corpus's tokens by a reference model, once, for selective training (objective Selective, data.reference OUT)."
+    command = add("score-tokens", run_score_tokens, text)
+    command.add_argument("reference", type=pathlib.Path, metavar="REFERENCE", help="a run folder or a Hugging Face folder")
+    command.add_argument("data", metavar="DATA", help="documents, as --data.source")
+    command.add_argument("output", type=pathlib.Path, metavar="OUT", help="a folder, new or to be gone on with")
+    command.add_argument("--validation-fraction", type=float, default=CorpusData.validation_fraction, help="of the training")
+    command.add_argument("--window", type=int, help="tokens the reference reads at a time; default: as in its training")
+    command.add_argument("--batch", type=int, default=16, help="rows at a time")
+    command.add_argument("--entropy", action="store_true", help="the entropies of its predictions, too")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
@@ -388,6 +400,25 @@ def run_search_rope(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def run_score_tokens(options: argparse.Namespace) -> None:
+    """infinicontext score-tokens REFERENCE DATA OUT [--window W] [--entropy]"""
+    # Here, because nothing else needs it.
+    from infinicontext.score_tokens import Task, score_tokens
+
+    for name in ("window", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    if not 0 < options.validation_fraction < 1:
+        raise UserError(f"--validation-fraction is {options.validation_fraction}; it must be above 0 and below 1")
+    fields = (
+        getattr(options, name) for name in ("reference", "data", "output", "validation_fraction", "window", "batch", "entropy", "step")
+    )
+    enable_compilation_cache()
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with jax.set_mesh(mesh):
+        score_tokens(Task(*fields), mesh)
+
+
 def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.InfiniConfig:
     """What --to infini makes of a Transformer: gates begin nearly closed, and the linear rule is written by."""
     segment = 2048 if options.segment is None else options.segment
@@ -454,7 +485,7 @@ def run_info(options: argparse.Namespace) -> None:
             "segment_ids": (length + 1, "int32"),
             "loss_mask": (length, "float32"),
             "answer_mask": (length, "float32"),
-        }
+        } | dict.fromkeys(getattr(experiment.objective, "needs", ()), (length, "float32"))
         batch = {name: jax.ShapeDtypeStruct((rows, size), dtype) for name, (size, dtype) in shapes.items()}
         print(describe_step(steps.train_step.lower(steps.like, batch).compile(), experiment, model, rows, length))
 

@@ -13,6 +13,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.models import MegalodonConfig, ModelConfig
 from infinicontext.objectives.next_token import NextToken
+from infinicontext.objectives.selective import Selective
 from infinicontext.sharding import MeshConfig
 from infinicontext.training.optimizer import OptimizerConfig
 
@@ -27,7 +28,7 @@ class Experiment:
     name: str
     model: ModelConfig
     data: CorpusData | PasskeyData | InstructionData | BookData | ImageData
-    objective: NextToken = NextToken()
+    objective: NextToken | Selective = NextToken()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: Evaluation = Evaluation()

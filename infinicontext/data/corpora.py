@@ -36,12 +36,14 @@ class Corpus:
       starts: int64 [N + 1]; document i is tokens[starts[i] : starts[i + 1]].
       names: where each document came from.
       bytes_per_document: int64 [N], bytes of UTF-8 in the text (without the start token), for bits per byte.
+      scores: what a reference model makes of each token, by name, [K] (data/reference.py).
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     names: tuple[str, ...]
     bytes_per_document: np.ndarray
+    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of documents."""

@@ -42,6 +42,7 @@ class PackedRows:
           segment_ids: int32 [S], the documents of the stream numbered from 1; 0 means padding.
           loss_mask: float32 [T], 1 where the target (token t + 1) continues the document of token t.
           answer_mask: float32 [T], zeros: a corpus asks no questions.
+          each of the corpus's scores: float32 [T], of the targets, NaN where there is none.
 
         Raises:
           IndexError: there is no such row.
@@ -52,12 +53,14 @@ class PackedRows:
         place_S = np.arange(begin, min(begin + self.length + 1, self.total))
         # Empty documents end where they begin, so no place falls in one.
         document_S = np.searchsorted(self.ends_N, place_S, side="right")
-        tokens_S = self.corpus.tokens[place_S + self.shift_N[document_S]]
+        stands_S = place_S + self.shift_N[document_S]
+        tokens_S = self.corpus.tokens[stands_S]
         # One numbering for the whole stream, so that a document that goes on in the next row keeps its id there.
         segment_S = document_S + 1
         padding = (0, self.length + 1 - len(place_S))
         segment_S = np.pad(segment_S, padding).astype(np.int32)
-        return {
+        scores = {name: np.pad(np.float32(x[stands_S]), padding, constant_values=np.nan)[1:] for name, x in self.corpus.scores.items()}
+        return scores | {
             "tokens": np.pad(tokens_S.astype(np.int32), padding),
             "segment_ids": segment_S,
             "loss_mask": ((segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)).astype(np.float32),

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, get_args
 
 import grain
@@ -26,6 +27,7 @@ from infinicontext.data.images import ImageData, Images, class_names, load_image
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
 from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
+from infinicontext.data.reference import load_scores
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
 
@@ -48,6 +50,7 @@ class CorpusData:
       validation_fraction: share of documents kept for validation, decided by the hash of their text.
       one_document: the documents of a row see one another, as in TransformerFAM's training, and with order "sequential" those of all rows.
       copy_tokens: the copy task of TransformerFAM's training (data/copying.py): so many tokens of each row are asked for again at its end.
+      reference: a folder of `infinicontext score-tokens`: what a reference model makes of each token, for a selective objective.
     """
 
     source: str = "python"
@@ -57,8 +60,13 @@ class CorpusData:
     validation_fraction: float = 0.05
     one_document: bool = False
     copy_tokens: int = 0
+    reference: str = ""
 
     def __post_init__(self):
+        if self.reference and self.copy_tokens:
+            raise UserError(
+                f"data.copy_tokens is {self.copy_tokens}; with data.reference, which knows no tokens but the corpus's, it must be 0"
+            )
         if self.length < 1:
             raise UserError(f"data.length is {self.length}; it must be 1 or more")
         if self.order not in get_args(Order):
@@ -273,7 +281,10 @@ def _packed(
     if isinstance(data, InstructionData | BookData):
         load = load_books if isinstance(data, BookData) else load_conversations
         return WholeRows(load(data, tokenizer, split), data.length, seed)
-    return PackedRows(load_corpus(data.source, tokenizer, split, data.validation_fraction), data.length, seed)
+    corpus = load_corpus(data.source, tokenizer, split, data.validation_fraction)
+    if data.reference and split == "train":
+        corpus = dataclasses.replace(corpus, scores=load_scores(Path(data.reference), corpus, tokenizer))
+    return PackedRows(corpus, data.length, seed)
 
 
 def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:

@@ -45,24 +45,38 @@ def token_losses(model: Model, hidden_BTD: jax.Array, targets_BT: jax.Array, *, 
     Returns:
       losses_BT in float32 or wider.
     """
-
     chex.assert_equal_shape_prefix([hidden_BTD, targets_BT], 2)
     chex.assert_type(targets_BT, int)
 
-    def one_chunk(xs):
-        hidden_BCD, targets_BC = xs
+    def one_chunk(hidden_BCD, targets_BC):
         logits_BCV = model.logits(hidden_BCD)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
 
-    B, T = targets_BT.shape
+    return _in_chunks(one_chunk, chunk, hidden_BTD, targets_BT)
+
+
+def token_entropies(model: Model, hidden_BTD: jax.Array, *, chunk: int = 512) -> jax.Array:
+    """The entropy of the prediction at each token, in nats, as `token_losses` computes losses: [B, T]."""
+
+    def one_chunk(hidden_BCD):
+        logits_BCV = jax.nn.log_softmax(model.logits(hidden_BCD), axis=-1)
+        return -jnp.sum(jnp.exp(logits_BCV) * logits_BCV, axis=-1)
+
+    return _in_chunks(one_chunk, chunk, hidden_BTD)
+
+
+def _in_chunks(function, chunk: int, *arrays_BT) -> jax.Array:
+    """A function of tokens, of so many per row at a time."""
+    B, T = arrays_BT[0].shape[:2]
     if chunk >= T:
-        return one_chunk((hidden_BTD, targets_BT))
+        return function(*arrays_BT)
     whole = T - T % chunk
     cut = lambda x: jnp.moveaxis(x[:, :whole].reshape(B, whole // chunk, chunk, *x.shape[2:]), 1, 0)
-    losses_NBC = jax.lax.map(jax.checkpoint(one_chunk), (cut(hidden_BTD), cut(targets_BT)))
-    rest_BC = one_chunk((hidden_BTD[:, whole:], targets_BT[:, whole:]))
-    return jnp.concatenate([jnp.moveaxis(losses_NBC, 0, 1).reshape(B, whole), rest_BC], axis=1)
+    found_NBC = jax.lax.map(jax.checkpoint(lambda arrays_BC: function(*arrays_BC)), jax.tree.map(cut, arrays_BT))
+    found_BT = jnp.moveaxis(found_NBC, 0, 1).reshape(B, whole)
+    rest_BC = function(*(x[:, whole:] for x in arrays_BT))
+    return jnp.concatenate([found_BT, rest_BC], axis=1)
 
 
 def _mask(objective: NextToken, batch: dict[str, jax.Array], name: str) -> jax.Array:
@@ -100,21 +114,21 @@ def counted(objective: NextToken, batch: dict) -> float:
     return float(_mask(objective, batch, "loss_mask" if objective.loss == "all" else "answer_mask").sum())
 
 
-def weighted_loss(
-    objective: NextToken, model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None, state: State | None = None
+def row_losses(
+    model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None, state: State | None = None, *, chunk: int
 ) -> tuple[jax.Array, State]:
-    """Reads rows and sums their weighted losses.
+    """Reads rows.
 
     Args:
-      objective: chunk size.
       model: any model.
-      batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1], weights float32 [B, T].
+      batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1].
       dropout_key: for models with dropout, in training; None: no dropout.
       state: what the model has read before; None: nothing, and the longest document of each row is what it is planned for: so with
         LongRoPE rows of short documents turn by short factors, as such texts will (mixed windows, LongRoPE2, section 3.4).
+      chunk: tokens per row whose logits exist at one time.
 
     Returns:
-      The loss, a float32 scalar, and the state after the rows.
+      losses_BT, float32, and the state after the rows.
     """
     tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
@@ -123,6 +137,25 @@ def weighted_loss(
         longest_B = jnp.max(jnp.where(place.document_BT > 0, place.position_BT + 1, 0), axis=1)
         state = model.init_state(*tokens_BT.shape, longest_B)
     hidden_BTD, state = model.hidden(tokens_BT, state, batch["segment_ids"][:, :-1], **dropout)
-    losses_BT = token_losses(model, hidden_BTD, targets_BT, chunk=objective.chunk)
-    # A token of weight 0 (padding, a document's last token) may have a loss of no meaning.
-    return jnp.sum(jnp.where(batch["weights"] > 0, losses_BT, 0) * batch["weights"]), state
+    return token_losses(model, hidden_BTD, targets_BT, chunk=chunk), state
+
+
+def weighted_sum(losses_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """A token of weight 0 (padding, a document's last token) may have a loss of no meaning."""
+    return jnp.sum(jnp.where(weights_BT > 0, losses_BT, 0) * weights_BT)
+
+
+def weighted_loss(
+    objective: NextToken, model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None, state: State | None = None
+) -> tuple[jax.Array, State]:
+    """The sum of the weighted losses of rows, a float32 scalar, and the state after them.
+
+    Args:
+      objective: chunk size.
+      model: any model.
+      batch: as in `row_losses`, and weights float32 [B, T].
+      dropout_key: as there.
+      state: as there.
+    """
+    losses_BT, state = row_losses(model, batch, dropout_key, state, chunk=objective.chunk)
+    return weighted_sum(losses_BT, batch["weights"]), state

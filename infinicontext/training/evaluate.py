@@ -15,6 +15,7 @@ from infinicontext.experiment import Experiment, to_plain
 from infinicontext.files import write_json
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted
+from infinicontext.objectives.selective import of_validation
 from infinicontext.training.loop import check, enable_compilation_cache
 from infinicontext.training.step import make_steps
 from infinicontext.training.weights import merged, restore
@@ -41,7 +42,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             experiment.evaluation,
             experiment.data,
             validation=batches,
-            validation_nll=float(np.average(losses, weights=[counted(experiment.objective, batch) for batch in batches])),
+            validation_nll=float(np.average(losses, weights=[counted(of_validation(experiment.objective), batch) for batch in batches])),
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
         )
     record = {

@@ -1,10 +1,12 @@
 """Training, one function read from top to bottom."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import signal
 import sys
+from collections.abc import Callable
 
 import grain
 import jax
@@ -21,11 +23,12 @@ from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted
+from infinicontext.objectives.selective import Selective, of_validation, reference_scores, summary
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.metrics import MetricsWriter, Stopwatch, peak_flops
 from infinicontext.training.run_folder import check_run_folder, lock, write_config
 from infinicontext.training.step import TrainState, make_steps
-from infinicontext.training.weights import keep_files, starting_model
+from infinicontext.training.weights import keep_files, load_model, starting_model
 
 # This many skipped updates in a row end a run: the parameters no longer move, so later batches will not help.
 MAX_SKIPPED = 5
@@ -66,9 +69,11 @@ def train(
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = pipeline.train_batches(experiment.data, experiment.batch_size, seed=experiment.seed, step=0, divisor=divisor, **processes)
         held_out = pipeline.validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0, divisor)
-        weights = [counted(experiment.objective, batch) for batch in held_out]
+        weights = [counted(of_validation(experiment.objective), batch) for batch in held_out]
         own_rows = slice(jax.process_index(), None, jax.process_count())
         validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
+
+        with_reference = reference_reader(experiment, mesh)
 
         # 3. State: from the newest checkpoint, else from the weights to start from, else from the seed.
         checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
@@ -107,6 +112,7 @@ def train(
             hopeless = in_a_row >= MAX_SKIPPED or (in_a_row and step == experiment.steps)
             if step % experiment.log_every == 0 or step == experiment.steps or hopeless:
                 record = {"step": step} | {name: float(values[name]) for name in ("loss", "gradient_norm", "learning_rate")}
+                record |= summary(values["selection"]) if values["selection"] else {}
                 record["tokens"] = pipeline.tokens_read(experiment.data, experiment.batch_size, step, divisor)
                 metrics.write(record | ({"skipped_updates": skipped} if skipped else {}) | clock.rates())
             if hopeless:
@@ -116,7 +122,7 @@ def train(
                 )
 
         for step in range(start + 1, experiment.steps + 1):
-            batch = put(next(batches))
+            batch = with_reference(put(next(batches)))
             rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
             if (rows, length) not in compiled:
                 finish_pending()
@@ -163,10 +169,46 @@ def train(
     return saved == experiment.steps
 
 
+def reference_reader(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
+    """Adds to a batch what the reference model of a selective objective makes of it, if that is to be done while training.
+
+    Raises:
+      UserError: there is no such model, or its tokens are others.
+    """
+    objective = experiment.objective
+    if not isinstance(objective, Selective) or not objective.reference:
+        return lambda batch: batch
+    reference = load_model(pathlib.Path(objective.reference), mesh)
+    tokenizer = pipeline.tokenizer_of(experiment.data)
+    if tokenizer and (reference.tokenizer is None or reference.tokenizer.fingerprint() != tokenizer.fingerprint()):
+        raise UserError(
+            f"objective.reference {objective.reference} was trained with another tokenizer than data.tokenizer, {tokenizer.name}"
+        )
+    scores = jax.jit(functools.partial(reference_scores, objective))
+    return lambda batch: batch | scores(reference.model, batch)
+
+
 def check(experiment: Experiment) -> None:
     """Raises UserError if the experiment does not fit its data or this machine's devices."""
     check_ids(experiment)
     check_devices(experiment)
+    check_reference(experiment)
+
+
+def check_reference(experiment: Experiment) -> None:
+    """Raises UserError if what a selective objective ranks tokens by comes from nowhere, or from two places."""
+    objective = experiment.objective
+    if not isinstance(objective, Selective):
+        return
+    stored = getattr(experiment.data, "reference", "")
+    if objective.needs and not (objective.reference or stored):
+        raise UserError(
+            f"objective.score {objective.score} needs a reference: objective.reference, a run folder, or data.reference, a folder that "
+            "infinicontext score-tokens has made"
+        )
+    if objective.reference and (stored or not objective.needs):
+        other = f"data.reference is {stored}" if stored else f"objective.score is {objective.score}, which needs none"
+        raise UserError(f"objective.reference is {objective.reference}, but {other}; leave one out")
 
 
 def check_ids(experiment: Experiment) -> None:

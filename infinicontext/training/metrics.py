@@ -62,13 +62,13 @@ class MetricsWriter:
         self._bar = tqdm(total=steps, initial=resumed_at, desc=name, unit="step", disable=not self._terminal)
         self._name, self._steps = name, steps
 
-    def write(self, record: dict[str, float | int | list[list[float]]]) -> None:
-        """One record, which has a "step" and may have "gates" by layer and head; complete on disk before this returns."""
+    def write(self, record: dict[str, float | int | list]) -> None:
+        """One record, which has a "step" and may have "gates" by layer and head and other lists; complete on disk before this returns."""
         if not self._active:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        gates, scalars = record.get("gates", []), {key: value for key, value in record.items() if key not in ("step", "gates")}
+        gates, scalars = record.get("gates", []), {key: x for key, x in record.items() if key != "step" and not isinstance(x, list)}
         by_head = {f"gate/{layer}/{head}": gate for layer, heads in enumerate(gates) for head, gate in enumerate(heads)}
         for key, value in (scalars | by_head).items():
             self._board.add_scalar(key, value, record["step"])

@@ -15,7 +15,8 @@ from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.nn.parameters import at_least_float32, of_groups, parameter_groups, with_parameters
-from infinicontext.objectives.next_token import token_weights, weighted_loss
+from infinicontext.objectives.next_token import row_losses, token_weights, weighted_loss
+from infinicontext.objectives.selective import Selective, of_validation, prepare, selective_loss
 from infinicontext.training.carry import carried_after, carried_shardings, nothing_yet, state_before
 from infinicontext.training.optimizer import make_optimizer, schedule, updates_done
 
@@ -54,6 +55,7 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     fraction = schedule(experiment.optimizer, experiment.steps)
     trained_part = lambda model: of_groups(model, experiment.optimizer.train)
+    selective = isinstance(experiment.objective, Selective)
 
     def begin(model):
         return TrainState(jnp.int32(0), model, optimizer.init(trained_part(model)), nothing_yet(experiment, model))
@@ -62,33 +64,38 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
         return begin(models.build(experiment.model, nnx.Rngs(key)))
 
     def train_step(state: TrainState, batch):
-        batch = batch | {"weights": token_weights(experiment.objective, batch)}
         trained = trained_part(state.model)
+        # Microbatch m takes every M-th row, so that each device's rows are in every microbatch.
+        cut = lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulation, *x.shape[1:]), 1, 0)
+        keys_M = None
+        if getattr(experiment.model, "has_dropout", False):
+            keys_M = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step), experiment.accumulation)
+        batch = weighted(state, batch, cut, keys_M)
 
         @functools.partial(jax.value_and_grad, has_aux=True)
         def loss_and_gradient(trained, part, key):
             model = with_parameters(state.model, trained)
             before = state_before(experiment, model, state.carried, state.step, part["segment_ids"][:, :-1])
-            loss, after = weighted_loss(experiment.objective, model, part, key, before)
-            return loss, carried_after(experiment, after)
+            if selective:
+                loss, (after, sums) = selective_loss(experiment.objective, model, part, key, before)
+            else:
+                (loss, after), sums = weighted_loss(experiment.objective, model, part, key, before), {}
+            return loss, (carried_after(experiment, after), sums)
 
-        keys_M = None
-        if getattr(experiment.model, "has_dropout", False):
-            keys_M = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step), experiment.accumulation)
         if experiment.accumulation == 1:
-            (loss, carried), gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
+            (loss, (carried, sums)), gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
         else:
-            # Microbatch m takes every M-th row, so that each device's rows are in every microbatch.
-            microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, experiment.accumulation, *x.shape[1:]), 1, 0), batch)
+            microbatches = jax.tree.map(cut, batch)
             zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, trained))
 
             def add(total, part):
-                (loss, carried), gradient = loss_and_gradient(trained, *part)
-                return jax.tree.map(jnp.add, total, (loss, gradient)), carried
+                (loss, kept), gradient = loss_and_gradient(trained, *part)
+                return jax.tree.map(jnp.add, total, (loss, gradient)), kept
 
-            (loss, gradient), carried_M = jax.lax.scan(add, zero, (microbatches, keys_M))
+            (loss, gradient), (carried_M, sums_M) = jax.lax.scan(add, zero, (microbatches, keys_M))
             # The first row of the batch is in the first microbatch.
             carried = jax.tree.map(lambda x: x[0], carried_M)
+            sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums_M)
         norm = optax.tree.norm(gradient)
         # A loss or a norm that is not finite spoils the update even where the gradient itself is finite; the optimizer skips on NaN.
         usable = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -101,14 +108,32 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
             "learning_rate": experiment.optimizer.learning_rate * fraction(updates_done(state.optimizer)),
             "skipped_in_a_row": optimizer_state.notfinite_count,
             "skipped_updates": optimizer_state.total_notfinite,
+            "selection": sums,
         }
         model = with_parameters(state.model, optax.apply_updates(trained, updates))
         # A state that is not finite, like the update, is not gone on with.
         carried = jax.tree.map(lambda new, old: jnp.where(usable, new, old), carried, state.carried)
         return TrainState(state.step + 1, model, optimizer_state, carried), metrics
 
+    def weighted(state: TrainState, batch, cut, keys_M):
+        """The batch with each token's weight in the loss."""
+        objective = experiment.objective
+        if not selective:
+            return batch | {"weights": token_weights(objective, batch)}
+        if objective.two_passes:
+
+            def losses_of(xs):
+                part, key = xs
+                before = state_before(experiment, state.model, state.carried, state.step, part["segment_ids"][:, :-1])
+                return row_losses(state.model, part, key, before, chunk=objective.chunk)[0]
+
+            losses_MBT = jax.lax.map(losses_of, (jax.tree.map(cut, batch), keys_M))
+            batch = batch | {"losses": jax.lax.stop_gradient(jnp.moveaxis(losses_MBT, 0, 1).reshape(len(batch["tokens"]), -1))}
+        return prepare(objective, batch, step=state.step, seed=experiment.seed, microbatches=experiment.accumulation)
+
     def validation_loss(model, batch):
-        return weighted_loss(experiment.objective, model, batch | {"weights": token_weights(experiment.objective, batch)})[0]
+        objective = of_validation(experiment.objective)
+        return weighted_loss(objective, model, batch | {"weights": token_weights(objective, batch)})[0]
 
     def gates(model):
         model = model.merged() if isinstance(model, models.Adapted) else model
