@@ -1,12 +1,14 @@
 """Selective language modelling: losses and gradients against reference data, the laws of training with it, and its commands."""
 
 import dataclasses
+import functools
 import json
 import shlex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -18,7 +20,7 @@ from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.models.transformer import TransformerConfig
-from infinicontext.objectives.next_token import NextToken
+from infinicontext.objectives.next_token import NextToken, row_losses
 from infinicontext.objectives.selective import Selective, prepare, reference_scores, select, selective_loss, summary
 from infinicontext.sharding import MeshConfig, make_mesh
 from infinicontext.training.step import make_steps
@@ -304,6 +306,7 @@ def test_refused(changes, message):
 
 EXPERIMENTS = """
 import dataclasses
+import functools
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.evaluation.perplexity import PerplexityEvaluation
 from infinicontext.evaluation.suite import Evaluation
@@ -383,3 +386,78 @@ def test_commands(tmp_path, monkeypatch, capsys):
     write(31)
     fails("train experiments.py:stored --workdir a", "data.reference scores was made for another")
     fails("score-tokens reference texts.jsonl scores --batch 0", "--batch is 0")
+
+
+class Table(nnx.Module):
+    """A model that knows nothing but the last token."""
+
+    def __init__(self, size):
+        self.logits_VV = nnx.Param(jnp.zeros((size, size)))
+
+    def init_state(self, batch_size, capacity=None, planned=None):
+        return ()
+
+    def hidden(self, tokens_BT, state, segment_ids_BT=None):
+        return self.logits_VV[...][tokens_BT], state
+
+    def logits(self, hidden_BTD):
+        return hidden_BTD
+
+
+def test_noise_is_not_learnt():
+    """Text of a Markov chain, 30% of whose tokens are noise: a reference that knows the clean text keeps the noise out."""
+    rng, V, B, T = np.random.default_rng(0), 64, 64, 32
+    chain_VV = rng.dirichlet(np.full(V, 0.05), V)
+    cumulative_VV = np.cumsum(chain_VV, axis=1)
+
+    def text(rows):
+        tokens = np.empty((rows, T + 1), np.int32)
+        tokens[:, 0] = rng.integers(0, V, rows)
+        for t in range(T):
+            drawn = rng.random(rows)[:, None] > cumulative_VV[tokens[:, t]]
+            tokens[:, t + 1] = np.minimum(drawn.sum(axis=1), V - 1)
+        return tokens
+
+    def batch_of(tokens, noise):
+        ones = np.ones((len(tokens), T), np.float32)
+        noisy = rng.random(tokens.shape) < noise
+        tokens = np.where(noisy, rng.integers(0, V, tokens.shape), tokens).astype(np.int32)
+        return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "loss_mask": ones, "answer_mask": 0 * ones}, noisy
+
+    optimizer, held_out = optax.adam(0.1), batch_of(text(256), 0.0)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def update(objective, model, state, batch, step):
+        batch = prepare(objective, batch, step=step, seed=0)
+        gradient, (_, sums) = jax.grad(lambda model: selective_loss(objective, model, batch), has_aux=True)(model)
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, model)
+        return optax.apply_updates(model, updates), state, sums
+
+    @jax.jit
+    def chosen(model, batch):
+        losses_BT, _ = row_losses(model, batch, chunk=T)
+        return select(Selective(), losses_BT - batch["reference_loss"], batch["loss_mask"] > 0, 6000).mask
+
+    scored = jax.jit(functools.partial(reference_scores, Selective()))
+
+    def train(objective, noise, reference=None):
+        model = Table(V)
+        state, chosen_noise = optimizer.init(model), []
+        for step in range(400):
+            batch, noisy = batch_of(text(B), noise)
+            if reference is not None:
+                batch |= scored(reference, batch)
+            model, state, _ = update(objective, model, state, batch, jnp.int32(step))
+            if reference is not None and step >= 300:
+                chosen_noise.append(noisy[:, 1:][np.asarray(chosen(model, batch))].mean())
+        losses_BT, _ = row_losses(model, held_out, chunk=T)
+        return model, float(losses_BT.mean()), np.mean(chosen_noise) if chosen_noise else None
+
+    everything = Selective(ratio=1.0, score="random")
+    reference, clean, _ = train(everything, 0.0)
+    _, plain, _ = train(everything, 0.3)
+    _, selective, share = train(Selective(), 0.3, reference)
+    assert clean < selective < plain - 0.3
+    assert share < 0.15
