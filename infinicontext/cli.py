@@ -22,6 +22,7 @@ import jax
 from infinicontext import models, sharding
 from infinicontext.data.pipeline import CorpusData, PasskeyData
 from infinicontext.errors import UserError
+from infinicontext.evaluation.suite import Task as AnyTask
 from infinicontext.evaluation.suite import state_grows
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
@@ -104,7 +105,7 @@ def make_parser() -> Parser:
 
     command = add("eval", run_eval, f"Evaluate a run's newest checkpoint. {fields}", takes_overrides=True)
     command.add_argument("folder", nargs="?", help="a run folder")
-    command.add_argument("--tasks", nargs="+", help="perplexity, passkey, accuracy, summarisation; default: the experiment's")
+    command.add_argument("--tasks", nargs="+", help=f"of {', '.join(get_args(AnyTask))}; default: the experiment's")
     command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
     command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
     command.add_argument("--step", type=int, help="the checkpoint; default: the newest")

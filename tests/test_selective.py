@@ -375,7 +375,27 @@ def test_commands(tmp_path, monkeypatch, capsys):
         assert 0.55 < first["selected"] <= 0.6
         assert len(first["selected_by_position"]) == 16
         assert first["selected_loss"] - first["selected_reference_loss"] > 0
-    run("eval stored")
+    run("eval stored --tasks perplexity selection")
+    run("eval online --tasks selection --output online.json")
+    found, again = (json.loads((tmp_path / name).read_text())["tasks"]["selection"] for name in ("stored/eval.json", "online.json"))
+    assert "ratio 0.6" in found["protocol"]
+    assert "".join(token[0] for token in found["rows"][0]).count("times")
+    numbers = [token[1:] for row in found["rows"] for token in row if token[1] is not None]
+    assert {selected for *_, selected in numbers} == {True, False}
+    assert np.mean([loss - known for loss, known, selected in numbers if selected]) > np.mean([loss - known for loss, known, _ in numbers])
+    assert len(again["rows"]) == 2
+    fails("eval reference --tasks selection", "an objective of kind Selective with a reference")
+    fails("eval stored --tasks categories", "needs 3 checkpoints or more; stored has 1")
+    run("train experiments.py:reference --workdir long --steps 4 --checkpoint-every 1 --keep-checkpoints 4")
+    run("eval long --tasks categories")
+    found = json.loads((tmp_path / "long" / "eval.json").read_text())["tasks"]["categories"]
+    assert found["steps"] == [1, 2, 3, 4]
+    np.testing.assert_allclose(sum(found["shares"].values()), 1)
+    run("compare stored long --output report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "class=chosen" in page
+    assert "excess +" in page
+    assert (tmp_path / "report" / "categories.png").exists()
     run("info experiments.py:online")
 
     fails("train experiments.py:stored --workdir a --data.reference ''", "objective.score excess needs a reference")

@@ -86,6 +86,7 @@ def draw(runs: list[Run]) -> list[Plot]:
         summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
         found += [_passkey_by_length(runs), *(_summaries(group, source) for source, group in by_group(summarised, _books).items())]
+        found += [_categories(run) for run in runs if run.task("categories")]
         found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
     plots: list[Plot] = []
@@ -337,6 +338,20 @@ def _summaries(runs: list[Run], source: str) -> Plot | None:
     axes.set_ylim(bottom=0)
     note = "Higher is better: more of the book was read. Overall: the cube root of ROUGE-1 x ROUGE-2 x ROUGE-L, in %. Bars: 95% interval."
     return Plot("summaries-by-length", title, note, "summarisation", [run for run, _ in lines], figure)
+
+
+def _categories(run: Run) -> Plot:
+    """The mean losses of the four kinds of tokens, from checkpoint to checkpoint."""
+    found = run.task("categories")
+    title = f"What became of tokens: {run.name}"
+    figure, (axes,) = _panels([3.7])
+    for number, (kind, losses) in enumerate(found["losses"].items()):
+        if losses:
+            label = f"{kind}, {100 * found['shares'][kind]:.0f}% of tokens"
+            axes.plot(found["steps"], losses, color=COLORS[number], marker=MARKERS[number], label=label)
+    axes.set(title=textwrap.fill(title, 60), xlabel="training step", ylabel="loss (nats per token)")
+    axes.legend()
+    return Plot("categories", title, "Kinds as in RHO-1, section 2.1.", "categories", [run], figure)
 
 
 def _state_bytes(runs: list[Run]) -> Plot | None:

@@ -231,6 +231,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; ma
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 pre { margin: 0.6rem 0; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; background: var(--card); border: 1px solid var(--line); }
+.tokens { padding: 0.7rem; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card); font: 0.9rem/1.9 monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.chosen { border-bottom: 2px solid var(--ink); }
 @media (max-width: 40rem) {
   body { padding: 0.8rem; }
   figure { padding: 0.3rem; }
@@ -270,6 +273,7 @@ def html_page(runs: list[Run], rows: list[Row], plots: list[Plot], pictures: dic
         '<h2>Pictures</h2><div class="plots">' if plots else "",
         *(_html_figure(plot, pictures[plot.file]) for plot in plots),
         "</div>" if plots else "",
+        *_html_tokens(runs),
         f"<h2>Not measured</h2><ul>{''.join(skipped)}</ul>" if skipped else "",
         "<h2>How each run was made</h2>",
         *map(_html_details, runs),
@@ -293,6 +297,30 @@ def _html_figure(plot: Plot, picture: bytes) -> str:
     caption = "".join(f"<p>{escape(note)}</p>" for note in notes)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     return f'<figure><img alt="{escape(plot.title)}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _html_tokens(runs: list[Run]) -> list[str]:
+    """Texts whose tokens show their excess loss by colour, and by a line below them that they would be learnt from."""
+    parts = []
+    for run in runs:
+        found = run.task("selection")
+        if not found:
+            continue
+        parts.append(f"<h2>What {escape(run.name)} would learn from</h2><p>{escape(found['protocol'])} Orange: the loss exceeds the ")
+        parts[-1] += "reference's; blue: it is below; underlined: selected. A token shows its numbers where a pointer rests on it.</p>"
+        parts += [f'<p class="tokens">{"".join(map(_html_token, row))}</p>' for row in found["rows"]]
+    return parts
+
+
+def _html_token(token: list) -> str:
+    text, loss, reference, selected = token
+    written = escape(text).replace("\n", "↵<br>")
+    if loss is None or reference is None:
+        return f"<span>{written}</span>"
+    excess = loss - reference
+    color = f"rgb({'230 159 0' if excess > 0 else '86 180 233'} / {min(abs(excess) / 3, 1):.2f})"
+    about = f"loss {loss:.2f}, reference {reference:.2f}, excess {excess:+.2f}"
+    return f'<span{" class=chosen" if selected else ""} style="background:{color}" title="{about}">{written}</span>'
 
 
 def _protocols(plot: Plot) -> list[str]:

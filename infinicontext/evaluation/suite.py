@@ -20,7 +20,8 @@ from infinicontext.evaluation.summarisation import SummarisationEvaluation, eval
 from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
-Task = Literal["perplexity", "passkey", "accuracy", "summarisation"]
+# selection and categories are of selective language modelling (evaluation/selection.py).
+Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "selection", "categories"]
 
 
 @dataclasses.dataclass(frozen=True)

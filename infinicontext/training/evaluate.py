@@ -9,16 +9,20 @@ import numpy as np
 
 from infinicontext import sharding
 from infinicontext.data.pipeline import tokenizer_of, validation_batches
+from infinicontext.data.reference import HEADER
 from infinicontext.errors import UserError
+from infinicontext.evaluation.selection import evaluate_categories, evaluate_selection
 from infinicontext.evaluation.suite import evaluate
 from infinicontext.experiment import Experiment, to_plain
-from infinicontext.files import write_json
+from infinicontext.files import read_json, write_json
+from infinicontext.models.streaming import Model
 from infinicontext.nn.parameters import parameter_count
-from infinicontext.objectives.next_token import counted
-from infinicontext.objectives.selective import of_validation
+from infinicontext.objectives.next_token import counted, row_losses
+from infinicontext.objectives.selective import Selective, of_validation
+from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.loop import check, enable_compilation_cache
 from infinicontext.training.step import make_steps
-from infinicontext.training.weights import merged, restore
+from infinicontext.training.weights import load_model, merged, restore
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
@@ -45,6 +49,12 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             validation_nll=float(np.average(losses, weights=[counted(of_validation(experiment.objective), batch) for batch in batches])),
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
         )
+        if "selection" in experiment.evaluation.tasks:
+            tokenizer = tokenizer_of(experiment.data)
+            found = evaluate_selection(merged(model), reference_of(experiment, mesh), experiment.objective, batches[0], tokenizer)
+            result["tasks"]["selection"] = found
+        if "categories" in experiment.evaluation.tasks:
+            result["tasks"]["categories"] = categories_of(experiment, folder, mesh, batches)
     record = {
         "run": experiment.name,
         "step": step,
@@ -61,6 +71,36 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         record["tasks"] = before["tasks"] | record["tasks"]
     write_json(output, record)
     print(output)
+
+
+def reference_of(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model:
+    """The reference model of a selective objective.
+
+    Raises:
+      UserError: there is none.
+    """
+    objective, stored = experiment.objective, getattr(experiment.data, "reference", "")
+    if not isinstance(objective, Selective) or not (objective.reference or stored):
+        raise UserError("evaluation.tasks has selection, which needs an objective of kind Selective with a reference")
+    folder = objective.reference or read_json(pathlib.Path(stored) / HEADER)["reference"]
+    return load_model(pathlib.Path(folder), mesh).model
+
+
+def categories_of(experiment: Experiment, folder: pathlib.Path, mesh: jax.sharding.Mesh, batches: list[dict]) -> dict:
+    """What became of validation tokens at the checkpoints that a run has kept.
+
+    Raises:
+      UserError: there are fewer than three.
+    """
+    steps = Checkpoints(folder).steps()
+    if len(steps) < 3:
+        raise UserError(f"evaluation.tasks has categories, which needs 3 checkpoints or more; {folder} has {len(steps)} (keep_checkpoints)")
+    read = jax.jit(lambda model, batch: row_losses(model, batch, chunk=experiment.objective.chunk)[0])
+    losses = []
+    for step in steps:
+        model = merged(restore(folder, experiment.model, mesh, step)[1])
+        losses.append(np.concatenate([np.asarray(read(model, batch))[batch["loss_mask"] > 0] for batch in batches]))
+    return evaluate_categories(steps, np.stack(losses))
 
 
 def _read(output: pathlib.Path) -> dict:
