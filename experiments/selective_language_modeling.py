@@ -1,0 +1,99 @@
+r"""Selective language modelling (RHO-1): does it pay to learn from those tokens alone that a reference model finds easier?
+
+The corpus is the Python installation's source code, spoilt: of its files three quarters are training text, in which a third of all lines
+have their letters in random order, and to which the installation's other texts (.rst, .txt) are added. The last quarter is clean: the
+reference model learns from it. Held out are clean files that neither has seen.
+
+    python experiments/selective_language_modeling.py runs/selective
+    infinicontext train experiments/selective_language_modeling.py:reference --workdir runs/selective/reference
+    infinicontext score-tokens runs/selective/reference runs/selective/noisy.jsonl runs/selective/scores
+    infinicontext sweep experiments/selective_language_modeling.py:all --workdir runs/selective/sweep
+    infinicontext compare runs/selective/sweep/* --output report/
+
+Not run yet.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from infinicontext.data.corpora import documents, split_of
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.evaluation.perplexity import PerplexityEvaluation
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext.models.transformer import TransformerConfig
+from infinicontext.objectives.selective import Selective
+from infinicontext.training.optimizer import OptimizerConfig
+
+FOLDER = "runs/selective"
+NOISE = 1 / 3  # of lines
+LONGEST = 20_000  # characters of a document: a long one must not decide a corpus alone
+
+
+def spoilt(text: str, rng: np.random.Generator) -> str:
+    """The text with the letters of some lines in random order."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if rng.random() < NOISE:
+            lines[number] = "".join(rng.permutation(list(line)))
+    return "\n".join(lines)
+
+
+def write_corpora(folder: pathlib.Path) -> None:
+    """Writes clean.jsonl and noisy.jsonl. A text's hash says whether it is held out, so those that fall on the wrong side are left out."""
+    rng, fraction = np.random.default_rng(0), CorpusData.validation_fraction
+    clean, noisy = [], []
+    for number, (name, text) in enumerate(documents("python")):
+        text = text[:LONGEST]
+        code = name.endswith(".py")
+        if code and split_of(text, fraction) == "validation":
+            clean.append(text)
+            noisy.append(text)
+        elif code and number % 4 == 0:
+            clean.append(text)
+        else:
+            text = spoilt(text, rng) if code else text
+            noisy += [text] if split_of(text, fraction) == "train" else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("clean", clean), ("noisy", noisy)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
+def reference() -> Experiment:
+    """Learns from the clean quarter."""
+    return Experiment(
+        name="reference",
+        model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, attention="window", window=128, remat=False),
+        data=CorpusData(source=f"{FOLDER}/clean.jsonl", tokenizer="bytes", length=512),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        evaluation=Evaluation(tasks=("perplexity",), lengths=(512,), perplexity=PerplexityEvaluation(documents=8)),
+        steps=400,
+        batch_size=8,
+        validation_every=20,
+        validation_batches=16,
+        checkpoint_every=100,
+    )
+
+
+def selective(ratio: float = 0.6) -> Experiment:
+    """Learns from the share of the spoilt corpus whose loss exceeds the reference's the most; 1: from all of it."""
+    experiment = reference()
+    data = dataclasses.replace(experiment.data, source=f"{FOLDER}/noisy.jsonl", reference=f"{FOLDER}/scores")
+    return dataclasses.replace(experiment, name=f"ratio{ratio:g}", data=data, objective=Selective(ratio=ratio))
+
+
+def all() -> list[Experiment]:
+    """Ratios from 0.4 to 1 with three seeds each."""
+    return [
+        dataclasses.replace(selective(ratio), name=f"ratio{ratio:g}-seed{seed}", seed=seed)
+        for ratio in (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+        for seed in range(3)
+    ]
+
+
+if __name__ == "__main__":
+    write_corpora(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else FOLDER))
