@@ -34,7 +34,7 @@ NOISE = 1 / 3  # of lines
 LONGEST = 20_000  # characters of a document: a long one must not decide a corpus alone
 
 
-def spoilt(text: str, rng: np.random.Generator) -> str:
+def _spoilt(text: str, rng: np.random.Generator) -> str:
     """The text with the letters of some lines in random order."""
     lines = text.split("\n")
     for number, line in enumerate(lines):
@@ -43,7 +43,7 @@ def spoilt(text: str, rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
-def write_corpora(folder: pathlib.Path) -> None:
+def _write_corpora(folder: pathlib.Path) -> None:
     """Writes clean.jsonl and noisy.jsonl. A text's hash says whether it is held out, so those that fall on the wrong side are left out."""
     rng, fraction = np.random.default_rng(0), CorpusData.validation_fraction
     clean, noisy = [], []
@@ -56,7 +56,7 @@ def write_corpora(folder: pathlib.Path) -> None:
         elif code and number % 4 == 0:
             clean.append(text)
         else:
-            text = spoilt(text, rng) if code else text
+            text = _spoilt(text, rng) if code else text
             noisy += [text] if split_of(text, fraction) == "train" else []
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in (("clean", clean), ("noisy", noisy)):
@@ -96,4 +96,4 @@ def all() -> list[Experiment]:
 
 
 if __name__ == "__main__":
-    write_corpora(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else FOLDER))
+    _write_corpora(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else FOLDER))

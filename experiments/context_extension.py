@@ -1,0 +1,98 @@
+r"""Longer texts by other rotary frequencies: PI, NTK, dynamic NTK, YaRN, Llama 3's, LongRoPE and LongRoPE2 on one small Transformer.
+
+It is trained on 256 bytes at a time and read at 2, 4, 8 and 16 times that, as it is and after the same short tuning.
+
+    F=runs/context
+    infinicontext train experiments/context_extension.py:base --workdir $F/base
+    for s in 512 1024 2048 4096; do
+        infinicontext search-rope $F/base --target-length $s --output $F/longrope_$s.json
+        infinicontext search-rope $F/base --target-length $s --output $F/longrope2_$s.json --algorithm longrope2
+    done
+    infinicontext sweep experiments/context_extension.py:untuned --workdir $F/untuned
+    infinicontext sweep experiments/context_extension.py:tuned --workdir $F/tuned
+
+Not run yet.
+"""
+
+import dataclasses
+import pathlib
+
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.evaluation.perplexity import PerplexityEvaluation
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext.longrope.factors import load_factors
+from infinicontext.models.transformer import TransformerConfig
+from infinicontext.nn.rope import RopeConfig
+from infinicontext.training.optimizer import OptimizerConfig
+
+FOLDER = pathlib.Path("runs/context")
+ORIGINAL = 256
+SCALES = (2, 4, 8, 16)
+SCHEMES = ("none", "pi", "ntk", "dynamic", "yarn", "llama3", "longrope", "longrope2")
+
+
+def base() -> Experiment:
+    """Full attention on short texts."""
+    return Experiment(
+        name="base",
+        model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, remat=False),
+        data=CorpusData(source="python", tokenizer="bytes", length=ORIGINAL),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        evaluation=Evaluation(
+            tasks=("perplexity",), lengths=(256, 512, 1024, 2048, 4096), perplexity=PerplexityEvaluation(documents=16, scored=128)
+        ),
+        steps=1000,
+        batch_size=16,
+        validation_every=100,
+        checkpoint_every=200,
+    )
+
+
+def _rope(scheme: str, scale: int) -> RopeConfig:
+    """The frequencies by which a scheme reads texts `scale` times as long; those of LongRoPE are read from the files of the searches."""
+    if scheme == "none":
+        return RopeConfig()
+    if scheme.startswith("longrope"):
+        return load_factors(_factors(scheme, scale), base().model.head_size)
+    names = {"pi": "linear"}
+    options = {} if scheme in ("pi", "ntk") else {"original_length": ORIGINAL}
+    return RopeConfig(names.get(scheme, scheme), factor=float(scale), **options)
+
+
+def _factors(scheme: str, scale: int) -> pathlib.Path:
+    return FOLDER / f"{scheme}_{scale * ORIGINAL}.json"
+
+
+def _schemes(scale: int) -> list[str]:
+    """Those of LongRoPE only where their search has been done."""
+    return [scheme for scheme in SCHEMES if not scheme.startswith("longrope") or _factors(scheme, scale).exists()]
+
+
+def _extended(scheme: str, scale: int, tuned: bool) -> Experiment:
+    """The model of `base` with a scheme, as it is or after 60 steps on texts of the target length."""
+    experiment, length = base(), scale * ORIGINAL
+    lengths = tuple(sorted({ORIGINAL, length}))
+    return dataclasses.replace(
+        experiment,
+        name=f"{scheme}-{scale}x" + ("-tuned" if tuned else ""),
+        model=dataclasses.replace(experiment.model, rope=_rope(scheme, scale)),
+        data=dataclasses.replace(experiment.data, length=length),
+        # A step at a rate of 0 makes a run of the model as it is.
+        optimizer=OptimizerConfig(learning_rate=3e-4 if tuned else 0.0, warmup_steps=0),
+        evaluation=dataclasses.replace(experiment.evaluation, lengths=lengths),
+        start_from=str(FOLDER / "base"),
+        steps=60 if tuned else 1,
+        batch_size=max(4096 // length, 1),
+        validation_every=60,
+    )
+
+
+def untuned() -> list[Experiment]:
+    """Each scheme at each scale."""
+    return [_extended(scheme, scale, tuned=False) for scale in SCALES for scheme in _schemes(scale)]
+
+
+def tuned() -> list[Experiment]:
+    """The same after the tuning."""
+    return [_extended(scheme, scale, tuned=True) for scale in SCALES for scheme in _schemes(scale)]
