@@ -21,6 +21,9 @@ from infinicontext.models import TransformerConfig
 from infinicontext.nn.rope import RopeConfig
 
 EXAMPLES = {f"{kind.__name__}-{name}": config for kind in models.MODELS for name, config in kind.examples().items()}
+# One of each kind, and all of them with the slow tests.
+FIRST = {f"{kind.__name__}-{next(iter(kind.examples()))}" for kind in models.MODELS}
+SOME = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in EXAMPLES]
 TINY = TransformerConfig(vocab_size=17, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24)
 
 
@@ -50,7 +53,7 @@ def test_two_hundred_tokens_equal_full_recomputation(name, float64):
     np.testing.assert_array_equal(np.argmax(logits_TV[8:-1], axis=-1), new)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", SOME)
 def test_unequal_prompts_equal_one_by_one(name):
     """Right-padded in one batch, read in chunks that end before, inside and after each prompt, one of them a single token."""
     model = build(EXAMPLES[name])
