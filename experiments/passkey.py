@@ -130,6 +130,14 @@ def infini_linear() -> Experiment:
     return dataclasses.replace(experiment, name="infini_linear", model=model)
 
 
+def infini_window() -> Experiment:
+    """Its control: the same Transformer whose tokens see the last 128, two segments, and no memory; a third of the steps is enough for it."""
+    experiment = infini()
+    model = TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, attention="window", window=128, remat=False)
+    data = dataclasses.replace(experiment.data, stage_steps=(250, 150))
+    return dataclasses.replace(experiment, name="infini_window", model=model, data=data, steps=600)
+
+
 def fam() -> Experiment:
     """TransformerFAM in blocks of 64 that see no block before them: what tokens know from there has passed through 16 rows of FAM."""
     experiment = infini()
