@@ -131,7 +131,7 @@ def infini_linear() -> Experiment:
 
 
 def infini_window() -> Experiment:
-    """Its control: the same Transformer whose tokens see the last 128, two segments, and no memory; a third of the steps is enough for it."""
+    """Its control: the Transformer whose tokens see the last 128, two segments, and no memory; a third of the steps is enough."""
     experiment = infini()
     model = TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, attention="window", window=128, remat=False)
     data = dataclasses.replace(experiment.data, stage_steps=(250, 150))
