@@ -2,15 +2,22 @@
 
 import json
 import re
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from infinicontext import cli
 from infinicontext.errors import UserError
+from infinicontext.evaluation.ruler import evaluate
+from infinicontext.evaluation.ruler.corpora import load_corpora
+from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.ruler.generate import Corpora, Request, RulerLengthError, generate
 from infinicontext.evaluation.ruler.score import category_means, cleaned, length_score, sample_score, summary, task_score
 from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS
 from infinicontext.evaluation.ruler.words import Pairs, pairs
+from infinicontext.inference.generate import Completion
 
 COUNTS = {
     "whitespace": lambda text: len(text.split()),
@@ -125,3 +132,124 @@ def test_what_is_missing():
         generate("vt", Request(4096, COUNTS["wordpunct"], chat="none"), Corpora(), 1)
     with pytest.raises(UserError, match="needs the list english_words"):
         generate("cwe", Request(262144, COUNTS["wordpunct"]), Corpora(), 1)
+
+
+class Pieces:
+    """A tokenizer of words, signs and spaces that learns its vocabulary as it goes, for models that are none."""
+
+    name, start_id, vocab_size = "pieces", None, 10**6
+
+    def __init__(self):
+        self.ids = {}
+
+    def encode(self, text):
+        return np.array([self.ids.setdefault(piece, len(self.ids)) for piece in re.findall(r"\s|\w+|[^\w\s]", text)], np.int32)
+
+    def decode(self, ids):
+        pieces = list(self.ids)
+        return "".join(pieces[i] for i in ids)
+
+    def fingerprint(self):
+        return "pieces"
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """Corpora as a user would have them."""
+    source = golden / "ruler"
+    (tmp_path / "PaulGrahamEssays.json").write_text(json.dumps({"text": (source / "essay.txt").read_text()}))
+    shutil.copy(source / "mini_squad.json", tmp_path / "squad.json")
+    shutil.copy(source / "mini_hotpotqa.json", tmp_path / "hotpotqa.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
+    """And who gives those of other samples has few."""
+    tokenizer, config = Pieces(), RulerEvaluation(samples=6, folder=str(folder), splitter="regex", example_budget=1000)
+    prompts = {}
+    for task in TASKS:
+        request = Request(2048, lambda text: len(tokenizer.encode(text)), example_budget=1000)
+        samples = generate(task, request, load_corpora(str(folder), (task,), "regex").corpora, config.samples)
+        for sample, other in zip(samples, samples[1:] + samples[:1]):
+            prompts[sample.input + sample.answer_prefix] = (other if shuffle else sample).outputs
+    answers = lambda model, rows, options: [Completion(tokenizer.encode(" ".join(prompts[tokenizer.decode(row)])), "stop") for row in rows]
+    monkeypatch.setattr("infinicontext.evaluation.ruler.evaluate.decode", answers)
+    found = evaluate_ruler(None, tokenizer, config, [2048], segment=512)
+    assert not found["skipped"]
+    (entry,) = found["by_length"]
+    scores = {task: result["score"] for task, result in entry["tasks"].items()}
+    if shuffle:
+        assert entry["score"] < 10
+        assert found["summary"]["effective_label"] == "<2048"
+    else:
+        assert set(scores.values()) == {100.0}, scores
+        assert entry["score"] == 100
+        assert found["summary"]["effective_label"] == ">2048"
+    assert "Not comparable" in found["protocol"]
+
+
+EXPERIMENTS = """
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext.models.transformer import TransformerConfig
+
+def tiny():
+    model = TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=16, remat=False)
+    tasks = ("niah_single_1", "niah_single_2", "fwe", "vt")
+    evaluation = Evaluation(tasks=("ruler",), lengths=(1024,), segment=256, ruler=RulerEvaluation(tasks, samples=2, batch_size=2))
+    data = CorpusData("texts.jsonl", length=16, validation_fraction=0.5)
+    return Experiment("tiny", model, data, steps=1, batch_size=8, evaluation=evaluation)
+"""
+
+
+def test_command(tmp_path, monkeypatch):
+    """What was answered before an interruption is not asked again; what is missing is named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} and {n + 1}"}) + "\n" for n in range(30)))
+
+    def run(*command):
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            cli.main(list(command))
+
+    run("train", "experiments.py:tiny", "--workdir", "run")
+    run("eval", "run")
+    record = json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]["ruler"]
+    (entry,) = record["by_length"]
+    assert set(entry["tasks"]) == {"niah_single_1", "fwe"}
+    reasons = {skip["task"]: skip["reason"] for skip in record["skipped"]}
+    assert str(tmp_path / "ruler" / "PaulGrahamEssays.json") in reasons["niah_single_2"]
+    assert "vt does not fit 500 tokens" in reasons["vt"]
+    answers = tmp_path / "run" / "eval.ruler.jsonl"
+    lines = answers.read_text().splitlines()
+    assert len(lines) == 5
+    # As a process leaves it that is killed while it writes the third answer.
+    answers.write_text("\n".join([*lines[:3], lines[3][:10]]))
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "decode", lambda model, rows, options: asked.append(rows) or [Completion(np.zeros(1, np.int32), "stop")] * len(rows)
+    )
+    run("eval", "run", "--evaluation.ruler.samples", "2")
+    assert len(asked) == 1
+    assert answers.read_text().splitlines()[:3] == lines[:3]
+    run("compare", "run", "--output", "report")
+    assert "niah_single_2" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("vt", "mt")}, r"evaluation\.ruler\.tasks has mt; RULER's tasks are niah_single_1"),
+        ({"tasks": ()}, r"evaluation\.ruler\.tasks is empty"),
+        ({"samples": 0}, r"evaluation\.ruler\.samples is 0"),
+        ({"splitter": "dots"}, r"evaluation\.ruler\.splitter is dots"),
+    ],
+)
+def test_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        RulerEvaluation(**changes)

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
 from infinicontext.evaluation.runs import Run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C3E")  # Okabe and Ito's, and a brown
@@ -85,7 +86,13 @@ def draw(runs: list[Run]) -> list[Plot]:
         mapped = [run for run in runs if run.task("passkey").get("cells")]
         summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
-        found += [_passkey_by_length(runs), *(_summaries(group, source) for source, group in by_group(summarised, _books).items())]
+        ruled = [run for run in runs if any(entry["tasks"] for entry in run.task("ruler").get("by_length", []))]
+        found += [_ruler_map(ruled[start : start + 6]) for start in range(0, len(ruled), 6)]
+        found += [
+            _ruler_by_length(runs),
+            _passkey_by_length(runs),
+            *(_summaries(group, source) for source, group in by_group(summarised, _books).items()),
+        ]
         found += [_categories(run) for run in runs if run.task("categories")]
         found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
@@ -322,6 +329,40 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
     note = "Mean over all depths. Bars: 95% interval."
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
+
+
+def _ruler_map(runs: list[Run]) -> Plot:
+    entries = {run.name: {entry["length"]: entry["tasks"] for entry in run.task("ruler")["by_length"]} for run in runs}
+    lengths = sorted({length for by_length in entries.values() for length in by_length})
+    measured = {task for by_length in entries.values() for tasks in by_length.values() for task in tasks}
+    names = [task for task in RULER_TASKS if task in measured]
+    grids = []
+    for run in runs:
+        grids.append(np.full((len(names), len(lengths)), np.nan))
+        for length, tasks in entries[run.name].items():
+            for task, result in tasks.items():
+                grids[-1][names.index(task), lengths.index(length)] = result["score"] / 100
+    title = "RULER by task and length"
+    figure, panels = _heat_maps(runs, grids, ACCURACY, "recall of the references (%)", title)
+    for axes in panels:
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
+    panels[-1].set_xlabel("length (tokens, those to be generated included)")
+    return Plot("ruler-map", title, "Gray: not measured.", "ruler", runs, figure)
+
+
+def _ruler_by_length(runs: list[Run]) -> Plot | None:
+    mean = lambda tasks: sum(result["score"] for result in tasks.values()) / len(tasks)
+    points = lambda run: [(entry["length"], mean(entry["tasks"])) for entry in run.task("ruler").get("by_length", []) if entry["tasks"]]
+    lines = _with_points((run, points(run)) for run in runs)
+    if not lines:
+        return None
+    title = "RULER by length"
+    figure, axes = _by_length(lines, title, "length (tokens)", "mean over tasks (%)")
+    axes.set_ylim(-4, 104)
+    counts = sorted({len(entry["tasks"]) for run, _ in lines for entry in run.task("ruler")["by_length"] if entry["tasks"]})
+    note = f"Mean over {' or '.join(map(str, counts))} of the {len(RULER_TASKS)} tasks."
+    return Plot("ruler-by-length", title, note, "ruler", [run for run, _ in lines], figure)
 
 
 def _books(run: Run) -> str:

@@ -334,9 +334,9 @@ def _skipped(runs: list[Run]) -> list[str]:
     """One line for each run, task and reason, with the lengths to which it applies."""
     lengths: dict[tuple[str, str, str], dict[str, None]] = {}
     for run in runs:
-        for task in ("perplexity", "passkey", "summarisation"):
+        for task in ("perplexity", "passkey", "summarisation", "ruler"):
             for entry in run.task(task).get("skipped", []):
-                key = run.name, task, entry.get("reason", "no reason given")
+                key = run.name, f"{task} {entry['task']}" if "task" in entry else task, entry.get("reason", "no reason given")
                 lengths.setdefault(key, {})[length_label(entry["length"])] = None
     return [f"{name}: {task} at {', '.join(skipped)} tokens: {reason}" for (name, task, reason), skipped in lengths.items()]
 

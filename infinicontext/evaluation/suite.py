@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -16,12 +17,13 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
+from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
 # selection and categories are of selective language modelling (evaluation/selection.py).
-Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "selection", "categories"]
+Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", "selection", "categories"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Evaluation:
     perplexity: PerplexityEvaluation = PerplexityEvaluation()
     passkey: PasskeyEvaluation = PasskeyEvaluation()
     summarisation: SummarisationEvaluation = SummarisationEvaluation()
+    ruler: RulerEvaluation = RulerEvaluation()
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
@@ -63,6 +66,8 @@ def evaluate(
     validation: list[dict[str, np.ndarray]],
     validation_nll: float,
     say: Callable[[str], None],
+    answers: Path | None = None,
+    about: dict | None = None,
 ) -> dict:
     """Runs the tasks.
 
@@ -74,6 +79,8 @@ def evaluate(
       validation: the validation batches of training, which the n-gram baselines are scored on too.
       validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.
+      answers: a file that keeps RULER's answers, so that an evaluation that is killed goes on.
+      about: what is evaluated; answers of something else are not used.
 
     Returns:
       state_bytes by length, and a result for each task (see its own file). Lengths beyond `evaluation.capacity` are listed as skipped where
@@ -124,11 +131,14 @@ def evaluate(
         tasks["passkey"] = evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **how)
     if "summarisation" in evaluation.tasks:
         tasks["summarisation"] = evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **how)
+    if "ruler" in evaluation.tasks:
+        files = {"file": answers, "about": about}
+        tasks["ruler"] = evaluate_ruler(model, tokenizer, evaluation.ruler, readable, segment=evaluation.segment, say=say, **files)
     too_long = [
         {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
         for length in lengths
         if length > limit
     ]
-    for name in tasks.keys() & {"passkey", "summarisation"}:
+    for name in tasks.keys() & {"passkey", "summarisation", "ruler"}:
         tasks[name]["skipped"] += too_long
     return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}
