@@ -57,7 +57,8 @@ def _rope(scheme: str, scale: int) -> RopeConfig:
         return load_factors(_factors(scheme, scale), base().model.head_size)
     names = {"pi": "linear"}
     options = {} if scheme in ("pi", "ntk") else {"original_length": ORIGINAL}
-    return RopeConfig(names.get(scheme, scheme), factor=float(scale), **options)
+    # Dynamic NTK stretches by the text's own length.
+    return RopeConfig(names.get(scheme, scheme), factor=1.0 if scheme == "dynamic" else float(scale), **options)
 
 
 def _factors(scheme: str, scale: int) -> pathlib.Path:

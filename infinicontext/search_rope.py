@@ -1,8 +1,8 @@
 """infinicontext search-rope: factors for a model, searched on documents of the target length, written with their history and a picture."""
 
 import dataclasses
-import json
 import math
+import os
 import pathlib
 import sys
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from infinicontext.longrope.search import CriticalSpace, Progress, SearchConfig,
 from infinicontext.models.transformer import Transformer
 from infinicontext.nn.rope import RopeConfig, rope_table
 from infinicontext.training.run_folder import load_config
-from infinicontext.training.weights import Loaded, is_run, load_model
+from infinicontext.training.weights import Loaded, is_run, load_model, parameters_fingerprint, trained_length
 
 BASELINES = ("pi", "ntk", "yarn")
 
@@ -51,14 +51,16 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     Raises:
       UserError: the model has no rotary factors to search, a length or the data do not fit, or a file cannot be written.
     """
-    if not task.output.resolve().parent.is_dir():
-        raise UserError(f"--output {task.output}: there is no folder {task.output.parent}")
+    _check_output(task.output)
     loaded = load_model(task.model, mesh, step=task.step)
     model = loaded.model
     if not isinstance(model, Transformer) or model.config.rope.scheme not in ("default", "longrope"):
         said = f"a {type(model).__name__} with rope.scheme {getattr(getattr(model.config, 'rope', None), 'scheme', 'none')}"
         raise UserError(f"{task.model} holds {said}; factors are searched for a Transformer with the scheme default or longrope")
-    rope, original = model.config.rope, task.original_length or original_length(task.model, loaded)
+    rope = model.config.rope
+    original = task.original_length or rope.original_length or trained_length(task.model)
+    if original < 2:
+        raise UserError(f"--original-length is {original}; it must be 2 or more")
     if task.target_length < original:
         raise UserError(f"--target-length is {task.target_length}; it must be the original length, {original}, or more")
     if task.short and (rope.scheme != "longrope" or task.target_length != original):
@@ -70,6 +72,9 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
         factor = rope_table(rope, model.config.head_size, original).attention_factor
     else:
         found, factor = rope, magnitude(config.magnitude, scale, original)
+        if rope.scheme == "longrope":
+            # What the model was tuned with stays.
+            factor = rope_table(rope, model.config.head_size, original + 1).attention_factor
         done = (rope.length or rope.factor * original) / original if rope.scheme == "longrope" else 1.0
         if task.target_length <= done * original and (scale == 1 or done > 1):
             raise UserError(f"--target-length is {task.target_length}; the model reads {int(done * original)} tokens already")
@@ -83,6 +88,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
 
     about = {
         "model": str(task.model),
+        "parameters": parameters_fingerprint(model),
+        "rope": to_plain(rope),
         "target_length": task.target_length,
         "original_length": original,
         "short": task.short,
@@ -103,6 +110,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
         progress = evolve(space, score, file=task.output.with_suffix(".search.json"), about=about, say=say)
 
     loss, best = progress.ranked[0]
+    if not np.isfinite(loss):
+        raise UserError(f"{task.model}: no candidate gave a finite loss on texts of {task.target_length} tokens")
     factors = tuple(np.round(space.factors(best), 10).tolist())
     if task.short:
         result = dataclasses.replace(rope, short_factors=factors)
@@ -131,16 +140,14 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     return result
 
 
-def original_length(folder: pathlib.Path, loaded: Loaded) -> int:
-    """Tokens a model was trained on at first."""
-    config = loaded.model.config
-    if config.rope.original_length:
-        return config.rope.original_length
-    if is_run(folder):
-        return load_config(folder).train_length
-    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-    # Mistral 7B has seen no distance beyond its window.
-    return min(longest, config.window) if config.attention == "window" else longest
+def _check_output(output: pathlib.Path) -> None:
+    """Raises UserError if what a search finds could not be written."""
+    if output.suffix != ".json":
+        raise UserError(f"--output is {output}; it must be a .json file")
+    if output.is_dir() or not output.resolve().parent.is_dir():
+        raise UserError(f"--output {output}: {'it is a folder' if output.is_dir() else f'there is no folder {output.parent}'}")
+    if not os.access(output.resolve().parent, os.W_OK):
+        raise UserError(f"--output {output}: nothing can be written into {output.parent}")
 
 
 def read_corpus(task: Task, loaded: Loaded) -> Corpus:

@@ -40,7 +40,7 @@ def test_seeds(golden):
     data = Golden(golden)
     for case in data.cases["seeds"]:
         rope, head_dim = RopeConfig(base=case["base"]), 2 * case["d2"]
-        space = Space(SearchConfig(step=case["step"], largest=case["lambda_max"]), rope, head_dim, case["scale"], case["L0"])
+        space = Space(SearchConfig(grid=case["step"], largest=case["lambda_max"]), rope, head_dim, case["scale"], case["L0"])
         assert space.top == case["grid_top"]
         for name in ("pi", "ntk", "yarn", "yarn_linear"):
             yarn = {"beta_fast": case["beta_fast"], "beta_slow": case["beta_slow"]}
@@ -278,7 +278,9 @@ def test_files_of_factors(tmp_path):
         ({"population": 0}, "search.population is 0; it must be 1 or more"),
         ({"iterations": -1}, "search.iterations is -1"),
         ({"probability": 0.0}, "search.probability is 0.0"),
-        ({"step": 0.0}, "search.step is 0.0"),
+        ({"grid": 0.0}, "search.grid is 0.0"),
+        ({"largest": 0.5}, "search.largest is 0.5"),
+        ({"seed": -1}, "search.seed is -1"),
         ({"start_tokens": ()}, "search.start_tokens is"),
         ({"seeds": ()}, "search.seeds is empty"),
         ({"seeds": ("pi", "alibi")}, "search.seeds has alibi; it must be of pi, ntk, yarn, yarn_linear"),
@@ -354,6 +356,11 @@ def test_commands(tmp_path, monkeypatch, capsys):
     fails("search-rope run --target-length 64", "--output is missing")
     fails("search-rope run --target-length 8 --output a.json", "--target-length is 8", "the original length, 16")
     fails("search-rope run --target-length 64 --output none/a.json", "--output none/a.json", "no folder")
+    fails("search-rope run --target-length 64 --output a.png", "--output is a.png", ".json")
+    fails("search-rope run --target-length 64 --output a.json --original-length 1", "--original-length is 1")
+    record = json.loads((tmp_path / "factors.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(record | {"rope_theta": 5e5}))
+    fails("convert run other --to run --factors other.json", "other.json", "rope_theta 500000", "the model has 10000")
     fails("search-rope run --target-length 4k --output a.json", "--data has 0 documents of 4097 tokens or more", "5 (--documents)")
     fails("search-rope run --target-length 16 --short --output a.json", "--short is for a model with longrope")
     fails("search-rope longer --target-length 64 --output a.json", "reads 64 tokens already")

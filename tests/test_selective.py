@@ -366,6 +366,8 @@ def test_commands(tmp_path, monkeypatch, capsys):
     run(f"{score} --entropy --batch 8")
     np.testing.assert_array_equal(np.load(tmp_path / "scores" / "reference_loss.npy"), kept["loss"])
     fails(f"{score} --batch 8", "other scores", "scores was")
+    (tmp_path / "a_file").write_text("")
+    fails("score-tokens reference texts.jsonl a_file", "a_file cannot be made")
 
     run("train experiments.py:online --workdir online")
     run("train experiments.py:stored --workdir stored")
@@ -385,7 +387,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert np.mean([loss - known for loss, known, selected in numbers if selected]) > np.mean([loss - known for loss, known, _ in numbers])
     assert len(again["rows"]) == 2
     fails("eval reference --tasks selection", "an objective of kind Selective with a reference")
-    fails("eval stored --tasks categories", "needs 3 checkpoints or more; stored has 1")
+    fails("eval stored --tasks categories", "needs 3 checkpoints or more, 200 steps apart; stored has 0")
     run("train experiments.py:reference --workdir long --steps 4 --checkpoint-every 1 --keep-checkpoints 4")
     run("eval long --tasks categories")
     found = json.loads((tmp_path / "long" / "eval.json").read_text())["tasks"]["categories"]
@@ -403,6 +405,12 @@ def test_commands(tmp_path, monkeypatch, capsys):
     fails("train experiments.py:online --workdir a --objective.reference missing", "missing is not a folder")
     fails("train experiments.py:online --workdir a --objective.score loss", "objective.score is loss, which needs none")
     fails("train experiments.py:stored --workdir a --data.copy-tokens 4", "data.copy_tokens is 4")
+    header = json.loads((tmp_path / "scores" / "header.json").read_text())
+    (tmp_path / "scores" / "header.json").write_text(json.dumps(header | {"scores": ["reference_loss"]}))
+    fails("train experiments.py:stored --workdir a --objective.score low_reference_entropy", "scores has no reference_entropy")
+    # A reference that has learnt on is another one.
+    run("train experiments.py:reference --workdir reference --steps 3 --allow-config-change")
+    fails("train experiments.py:online --workdir online --steps 2", "another config")
     write(31)
     fails("train experiments.py:stored --workdir a", "data.reference scores was made for another")
     fails("score-tokens reference texts.jsonl scores --batch 0", "--batch is 0")

@@ -91,8 +91,8 @@ def save_factors(path: pathlib.Path, rope: RopeConfig, about: dict[str, Any]) ->
     write_json(path, record)
 
 
-def load_factors(path: pathlib.Path, head_dim: int) -> RopeConfig:
-    """The scheme in a file of `save_factors`, or in a Hugging Face config.json.
+def load_factors(path: pathlib.Path, head_dim: int, model: RopeConfig | None = None) -> RopeConfig:
+    """The scheme in a file of `save_factors`, or in a Hugging Face config.json, for a model whose rotary base and share it must have.
 
     Raises:
       UserError: the file cannot be read, or its factors are not one for each pair of `head_dim`, 1 or more, none less than the one before.
@@ -101,8 +101,15 @@ def load_factors(path: pathlib.Path, head_dim: int) -> RopeConfig:
     if not isinstance(record.get("rope_scaling"), dict):
         raise UserError(f"{path}: it has no object rope_scaling with the factors")
     start = record.get("start_tokens", 0)
+    if model is not None:
+        record = {"rope_theta": model.base, "partial_rotary_factor": model.partial} | record
     try:
         rope = rope_from_huggingface(record)
+        if model is not None and (rope.base, rope.partial) != (model.base, model.partial):
+            raise UserError(
+                f"its factors are for rope_theta {rope.base:g} and partial_rotary_factor {rope.partial:g}, but the model has "
+                f"{model.base:g} and {model.partial:g}"
+            )
         if rope.scheme != "longrope":
             raise UserError(f"its rope_type is {rope.scheme}; it must be longrope")
         check_factors("long_factor", rope.long_factors)

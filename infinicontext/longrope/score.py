@@ -24,6 +24,8 @@ from infinicontext.models.transformer import Transformer
 from infinicontext.nn.rope import RopeConfig, RopeTable, Stretch, Turns, fixed_point, rope_table
 from infinicontext.objectives.next_token import token_losses
 
+DRAWS = 1000  # of a number that has as many tokens as the others
+
 
 @dataclasses.dataclass(frozen=True)
 class Stretched:
@@ -72,9 +74,12 @@ def needles(corpus: Corpus, tokenizer: Tokenizer, length: int, count: int, seed:
     """
     rng, rows, scored = np.random.default_rng((seed, 1)), [], set()
     for tokens_S in _long_documents(corpus, length + 1, count, seed):
-        key = str(rng.integers(10 ** (digits - 1), 10**digits))
+        for _ in range(DRAWS):
+            key = str(rng.integers(10 ** (digits - 1), 10**digits))
+            answer = tokenizer.encode(f" {key}")
+            if not scored or len(answer) in scored:
+                break
         line, question = tokenizer.encode(KEY_LINE.format(key=key)), tokenizer.encode(QUESTION)
-        answer = tokenizer.encode(f" {key}")
         around = len(tokens_S) - len(line) - len(question) - len(answer)
         if around < 1:
             raise UserError(f"--target-length is {length}; a text with a needle must have {length + 1 - around} tokens or more")

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args, get_type_hints
@@ -43,7 +44,7 @@ class SearchConfig:
     iterations: int = 40
     probability: float = 0.3  # with which a factor changes in a mutation
     tries: int = 20  # of a crossover; then the better parent is mutated
-    step: float = 0.01  # between factors
+    grid: float = 0.01  # between factors
     largest: float | None = None  # factor; None: 1.25 times the stretch, for longrope2 twice
     start_tokens: tuple[int, ...] = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # longrope
     seeds: tuple[Known, ...] = ("pi", "ntk", "yarn")  # longrope: what the population grows from
@@ -66,8 +67,12 @@ class SearchConfig:
                 raise UserError(f"search.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 < self.probability <= 1:
             raise UserError(f"search.probability is {self.probability}; it must be above 0 and at most 1")
-        if not self.step > 0:
-            raise UserError(f"search.step is {self.step}; it must be greater than 0")
+        if not 0 < self.grid < math.inf:
+            raise UserError(f"search.grid is {self.grid}; it must be a number greater than 0")
+        if self.largest is not None and not 1 <= self.largest < math.inf:
+            raise UserError(f"search.largest is {self.largest}; it must be a number of 1 or more")
+        if self.seed < 0:
+            raise UserError(f"search.seed is {self.seed}; it must be 0 or more")
         if not self.start_tokens or min(self.start_tokens) < 0:
             raise UserError(f"search.start_tokens is {self.start_tokens}; it must be one number or more, none below 0")
         if not self.seeds:
@@ -100,7 +105,7 @@ class Space:
         self.pairs = len(rope_table(plain, head_dim).inverse_frequency)
         self.largest = config.largest or (1.25 if config.algorithm == "longrope" else 2) * scale
         # A hair, for 1.25 * 8 may come out below 10.
-        self.top = int((self.largest - 1) / config.step + 1e-9)
+        self.top = int((self.largest - 1) / config.grid + 1e-9)
         self.choices: tuple[int, ...] = config.start_tokens
         found = np.array(rope.long_factors or (1.0,) * self.pairs)
         known = {"beta_fast": config.beta_fast, "beta_slow": config.beta_slow}
@@ -112,12 +117,12 @@ class Space:
 
     def nearest(self, factors_R: np.ndarray) -> tuple[int, ...]:
         """The genes nearest to factors, in the space."""
-        genes_R = np.clip(np.rint((factors_R - 1) / self.config.step), 0, self.top).astype(int)
+        genes_R = np.clip(np.rint((factors_R - 1) / self.config.grid), 0, self.top).astype(int)
         return tuple(np.maximum.accumulate(genes_R).tolist())
 
     def factors(self, candidate: Candidate) -> np.ndarray:
         """float64 [R]."""
-        return 1 + self.config.step * np.array(candidate.genes, np.float64)
+        return 1 + self.config.grid * np.array(candidate.genes, np.float64)
 
     def start_tokens(self, candidate: Candidate) -> int:
         """First positions that the factors leave alone."""
@@ -157,7 +162,7 @@ class CriticalSpace(Space):
         first, last = (critical_pair(self.pairs, rope.base, original_length, periods) for periods in (10, 1))
         first, last = (min(max(pair, 0), self.pairs - 1) for pair in (first, last))
         self.choices = tuple(range(first, last + 1))
-        self.floor = int(np.ceil((scale - 1) / config.step - 1e-9))
+        self.floor = int(np.ceil((scale - 1) / config.grid - 1e-9))
         if self.floor > self.top:
             raise UserError(f"search.largest is {config.largest}; for longrope2 it must be the stretch, {scale:g}, or more")
 
@@ -184,7 +189,7 @@ class CriticalSpace(Space):
         """With what stands before the critical pair, and nothing behind it below s or the one before."""
         critical = self.choices[choice]
         above = np.maximum.accumulate(np.clip(genes[critical:], self.floor, self.top)).tolist()
-        below = np.rint((factors_below(critical, 1 + self.config.step * above[0]) - 1) / self.config.step).astype(int)
+        below = np.rint((factors_below(critical, 1 + self.config.grid * above[0]) - 1) / self.config.grid).astype(int)
         return Candidate((*below.tolist(), *above), choice)
 
 

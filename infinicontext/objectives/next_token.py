@@ -114,6 +114,16 @@ def counted(objective: NextToken, batch: dict) -> float:
     return float(_mask(objective, batch, "loss_mask" if objective.loss == "all" else "answer_mask").sum())
 
 
+def fresh_state(model: Model, segments_BT: jax.Array) -> State:
+    """A state that has read nothing and is planned for the longest document of each row.
+
+    So with LongRoPE rows of short documents turn by short factors, as such texts will (mixed windows, LongRoPE2, section 3.4).
+    """
+    B, T = segments_BT.shape
+    place, _ = cursor.advance(cursor.start(B), T, segments_BT)
+    return model.init_state(B, T, jnp.max(jnp.where(place.document_BT > 0, place.position_BT + 1, 0), axis=1))
+
+
 def row_losses(
     model: Model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None, state: State | None = None, *, chunk: int
 ) -> tuple[jax.Array, State]:
@@ -123,8 +133,7 @@ def row_losses(
       model: any model.
       batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1].
       dropout_key: for models with dropout, in training; None: no dropout.
-      state: what the model has read before; None: nothing, and the longest document of each row is what it is planned for: so with
-        LongRoPE rows of short documents turn by short factors, as such texts will (mixed windows, LongRoPE2, section 3.4).
+      state: what the model has read before; None: `fresh_state`.
       chunk: tokens per row whose logits exist at one time.
 
     Returns:
@@ -132,10 +141,7 @@ def row_losses(
     """
     tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    if state is None:
-        place, _ = cursor.advance(cursor.start(len(tokens_BT)), tokens_BT.shape[1], batch["segment_ids"][:, :-1])
-        longest_B = jnp.max(jnp.where(place.document_BT > 0, place.position_BT + 1, 0), axis=1)
-        state = model.init_state(*tokens_BT.shape, longest_B)
+    state = fresh_state(model, batch["segment_ids"][:, :-1]) if state is None else state
     hidden_BTD, state = model.hidden(tokens_BT, state, batch["segment_ids"][:, :-1], **dropout)
     return token_losses(model, hidden_BTD, targets_BT, chunk=chunk), state
 

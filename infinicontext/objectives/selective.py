@@ -14,11 +14,12 @@ from typing import Literal, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from infinicontext import sharding
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model, State
-from infinicontext.objectives.next_token import NextToken, row_losses, token_entropies, token_losses, weighted_sum
+from infinicontext.objectives.next_token import NextToken, fresh_state, row_losses, token_entropies, token_losses, weighted_sum
 from infinicontext.objectives.selection import Selection, count_of, in_basis_points, top_share
 
 # excess: loss - reference loss (equation 3). Those of section 3.4 and random do not depend on the model that learns.
@@ -41,7 +42,7 @@ class Selective:
     missing: Literal["drop", "select"] = "drop"  # tokens without a reference loss: no candidates, or always selected
     always_select_answers: bool = False  # beside the top share of the others
     two_passes: bool = False  # with accumulation: ranks the whole batch and not each microbatch, for one more forward pass
-    warmup_steps: int = 0  # steps that learn from all tokens
+    warmup_steps: int = 0  # steps that learn from all candidates
     reference: str = (
         ""  # the run folder of the reference model, which scores each batch; empty: losses come with the data, or none are needed
     )
@@ -89,7 +90,8 @@ def prepare(
       microbatches: M, each of which has every M-th row and selects by itself.
 
     Returns:
-      The batch with weights [B, T] (of a token, if it is learnt from), decided [B, T] (bool, it is) and basis_points [B, 1].
+      The batch with weights [B, T] (of a token, if it is learnt from), possible [B, T] (bool, it may be), decided [B, T] (bool, it is) and
+      basis_points [B, 1].
     """
     valid_BT = batch["answer_mask" if objective.loss == "answers" else "loss_mask"] > 0
     points = jnp.where(step < objective.warmup_steps, 10_000, in_basis_points(objective.ratio)).astype(jnp.int32)
@@ -118,7 +120,8 @@ def prepare(
     if objective.normalise == "candidates":
         total = jnp.sum(possible_BT)
     weights_BT = learnt_BT.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
-    return batch | {"weights": weights_BT, "decided": decided_BT, "basis_points": jnp.full((len(valid_BT), 1), points)}
+    points_B1 = jnp.full((len(valid_BT), 1), points)
+    return batch | {"weights": weights_BT, "possible": possible_BT, "decided": decided_BT, "basis_points": points_B1}
 
 
 def reference_scores(objective: Selective, reference: Model, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -130,7 +133,7 @@ def reference_scores(objective: Selective, reference: Model, batch: dict[str, ja
       batch: tokens and segment_ids, int32 [B, T + 1].
     """
     tokens_BT, targets_BT, segments_BS = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["segment_ids"]
-    hidden_BTD, _ = reference.hidden(tokens_BT, reference.init_state(*tokens_BT.shape), segments_BS[:, :-1])
+    hidden_BTD, _ = reference.hidden(tokens_BT, fresh_state(reference, segments_BS[:, :-1]), segments_BS[:, :-1])
     of = {
         "reference_loss": lambda: token_losses(reference, hidden_BTD, targets_BT, chunk=objective.chunk),
         "reference_entropy": lambda: token_entropies(reference, hidden_BTD, chunk=objective.chunk),
@@ -156,12 +159,13 @@ def selective_loss(
     """
     losses_BT, state = row_losses(model, batch, dropout_key, state, chunk=objective.chunk)
     still_BT, known_BT = jax.lax.stop_gradient(losses_BT), batch["weights"] > 0
-    chosen_BT = batch["decided"]
+    chosen_BT, threshold = batch["decided"], jnp.float32(jnp.nan)
     if objective.score not in FIXED and not objective.two_passes:
         score_BT = _score(objective.score, batch, still_BT, None)
-        chosen_BT |= select(objective, score_BT, known_BT & ~batch["decided"], batch["basis_points"][0, 0]).mask
+        found = select(objective, score_BT, known_BT & ~batch["decided"], batch["basis_points"][0, 0])
+        chosen_BT, threshold = chosen_BT | found.mask, jnp.mean(found.threshold)
     loss = weighted_sum(losses_BT, jnp.where(chosen_BT, batch["weights"], 0))
-    return loss, (state, _sums(batch, still_BT, chosen_BT))
+    return loss, (state, _sums(batch, still_BT, chosen_BT) | {"threshold": threshold, "passes": jnp.float32(1)})
 
 
 def select(objective: Selective, score_BT: jax.Array, candidates_BT: jax.Array, basis_points: jax.Array | int) -> Selection:
@@ -212,8 +216,7 @@ def _score(score: Score, batch: dict[str, jax.Array], losses_BT: jax.Array | Non
 
 def _sums(batch: dict[str, jax.Array], losses_BT: jax.Array, chosen_BT: jax.Array) -> dict[str, jax.Array]:
     """Of chosen tokens and of the others that could be."""
-    all_BT = batch["loss_mask"] > 0
-    chosen_BT &= all_BT
+    all_BT = batch["possible"]
     others_BT = all_BT & ~chosen_BT
     total = lambda where_BT, x_BT=1.0: jnp.sum(jnp.where(where_BT, x_BT, 0.0))
     sums = {
@@ -240,6 +243,9 @@ def summary(sums: dict[str, jax.Array]) -> dict[str, float | list[float]]:
         "selected_loss": mean(sums["chosen_loss"], sums["chosen"]),
         "unselected_loss": mean(sums["others_loss"], sums["others"]),
     }
+    if np.isfinite(sums["threshold"]):
+        # The least score that was selected, of microbatches and groups their mean.
+        found["selected_from"] = mean(sums["threshold"], sums["passes"])
     if "below_reference" in sums:
         found["selected_below_reference"] = mean(sums["below_reference"], sums["chosen"])
         found["selected_reference_loss"] = mean(sums["chosen_reference"], sums["chosen"])

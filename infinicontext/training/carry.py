@@ -42,6 +42,8 @@ def nothing_yet(experiment: Experiment, model: Model) -> Any:
     if experiment.carry == "fam":
         config = _inner(experiment.model)
         return jnp.zeros((config.layers, config.fam_length, config.dim), at_least_float32(config.dtype))
+    if isinstance(_inner(experiment.model), models.BeaconConfig):
+        raise UserError("carry is rows, but in training a text's last chunk in a row has no beacons, so a memory of them cannot go on")
     state = jax.tree.map(jnp.asarray, model.init_state(experiment.batch_size, experiment.train_length))
     if model.room(state) is not None:
         raise UserError(f"carry is rows, but the state of {type(model).__name__} with these options grows with what it reads")

@@ -22,7 +22,7 @@ from infinicontext.objectives.selective import Selective, of_validation
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.loop import check, enable_compilation_cache
 from infinicontext.training.step import make_steps
-from infinicontext.training.weights import load_model, merged, restore
+from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
@@ -39,7 +39,8 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
     with jax.set_mesh(mesh):
         steps = make_steps(experiment, mesh)
         step, model = restore(folder, experiment.model, mesh, step)
-        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0)
+        divisor = sharding.batch_divisor(mesh)
+        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0, divisor)
         losses = [float(steps.validation_loss(model, batch)) for batch in batches]
         result = evaluate(
             merged(model),
@@ -84,8 +85,13 @@ def reference_of(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model:
     objective, stored = experiment.objective, getattr(experiment.data, "reference", "")
     if not isinstance(objective, Selective) or not (objective.reference or stored):
         raise UserError("evaluation.tasks has selection, which needs an objective of kind Selective with a reference")
-    folder = objective.reference or read_json(pathlib.Path(stored) / HEADER)["reference"]
-    return load_model(pathlib.Path(folder), mesh).model
+    if objective.reference:
+        return load_model(pathlib.Path(objective.reference), mesh).model
+    made = read_json(pathlib.Path(stored) / HEADER)
+    model = load_model(pathlib.Path(made["reference"]), mesh, step=made["step"]).model
+    if parameters_fingerprint(model) != made["parameters"]:
+        raise UserError(f"data.reference {stored} was made by other parameters than those in {made['reference']}")
+    return model
 
 
 def categories_of(experiment: Experiment, folder: pathlib.Path, mesh: jax.sharding.Mesh, batches: list[dict]) -> dict:
@@ -94,9 +100,13 @@ def categories_of(experiment: Experiment, folder: pathlib.Path, mesh: jax.shardi
     Raises:
       UserError: there are fewer than three.
     """
-    steps = Checkpoints(folder).steps()
+    # The line through a token's losses wants checkpoints that are evenly apart.
+    steps = [step for step in Checkpoints(folder).steps() if step % experiment.checkpoint_every == 0]
     if len(steps) < 3:
-        raise UserError(f"evaluation.tasks has categories, which needs 3 checkpoints or more; {folder} has {len(steps)} (keep_checkpoints)")
+        raise UserError(
+            f"evaluation.tasks has categories, which needs 3 checkpoints or more, {experiment.checkpoint_every} steps apart; {folder} has "
+            f"{len(steps)} (keep_checkpoints)"
+        )
     read = jax.jit(lambda model, batch: row_losses(model, batch, chunk=experiment.objective.chunk)[0])
     losses = []
     for step in steps:

@@ -19,8 +19,11 @@ from jax.sharding import PartitionSpec as P
 from infinicontext import models, sharding
 from infinicontext.data import pipeline
 from infinicontext.data.images import ImageData, class_names
+from infinicontext.data.reference import HEADER
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
+from infinicontext.files import read_json
+from infinicontext.models.streaming import Model
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted
 from infinicontext.objectives.selective import Selective, of_validation, reference_scores, summary
@@ -28,7 +31,7 @@ from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.metrics import MetricsWriter, Stopwatch, peak_flops
 from infinicontext.training.run_folder import check_run_folder, lock, write_config
 from infinicontext.training.step import TrainState, make_steps
-from infinicontext.training.weights import keep_files, load_model, starting_model
+from infinicontext.training.weights import keep_files, load_model, parameters_fingerprint, starting_model
 
 # This many skipped updates in a row end a run: the parameters no longer move, so later batches will not help.
 MAX_SKIPPED = 5
@@ -55,10 +58,12 @@ def train(
     """
     # 1. Everything that can be wrong is found before anything is written.
     check(experiment)
-    fingerprint = pipeline.fingerprint(experiment.data)
-    check_run_folder(experiment, workdir, fingerprint, allow_config_change)
     enable_compilation_cache(experiment.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        reference = load_reference(experiment, mesh)
+    fingerprint = pipeline.fingerprint(experiment.data) + reference_fingerprint(experiment, reference)
+    check_run_folder(experiment, workdir, fingerprint, allow_config_change)
     divisor = sharding.batch_divisor(mesh) * experiment.accumulation
     steps = make_steps(experiment, mesh)
 
@@ -73,7 +78,7 @@ def train(
         own_rows = slice(jax.process_index(), None, jax.process_count())
         validation = [put({name: x[own_rows] for name, x in batch.items()}) for batch in held_out]
 
-        with_reference = reference_reader(experiment, mesh)
+        with_reference = reference_reader(experiment, reference)
 
         # 3. State: from the newest checkpoint, else from the weights to start from, else from the seed.
         checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
@@ -169,23 +174,38 @@ def train(
     return saved == experiment.steps
 
 
-def reference_reader(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
-    """Adds to a batch what the reference model of a selective objective makes of it, if that is to be done while training.
+def load_reference(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model | None:
+    """The reference model of a selective objective, if it reads batches while another is trained.
 
     Raises:
       UserError: there is no such model, or its tokens are others.
     """
     objective = experiment.objective
     if not isinstance(objective, Selective) or not objective.reference:
-        return lambda batch: batch
+        return None
     reference = load_model(pathlib.Path(objective.reference), mesh)
     tokenizer = pipeline.tokenizer_of(experiment.data)
     if tokenizer and (reference.tokenizer is None or reference.tokenizer.fingerprint() != tokenizer.fingerprint()):
         raise UserError(
             f"objective.reference {objective.reference} was trained with another tokenizer than data.tokenizer, {tokenizer.name}"
         )
-    scores = jax.jit(functools.partial(reference_scores, objective))
-    return lambda batch: batch | scores(reference.model, batch)
+    return reference.model
+
+
+def reference_fingerprint(experiment: Experiment, reference: Model | None) -> str:
+    """Of the reference's parameters, or of the scores it has left; empty where there is none."""
+    if reference is not None:
+        return "-" + parameters_fingerprint(reference)
+    stored = getattr(experiment.data, "reference", "")
+    return "-" + str(read_json(pathlib.Path(stored) / HEADER).get("parameters")) if stored else ""
+
+
+def reference_reader(experiment: Experiment, reference: Model | None) -> Callable[[dict], dict]:
+    """Adds to a batch what the reference makes of it."""
+    if reference is None:
+        return lambda batch: batch
+    scores = jax.jit(functools.partial(reference_scores, experiment.objective))
+    return lambda batch: batch | scores(reference, batch)
 
 
 def check(experiment: Experiment) -> None:
@@ -201,6 +221,12 @@ def check_reference(experiment: Experiment) -> None:
     if not isinstance(objective, Selective):
         return
     stored = getattr(experiment.data, "reference", "")
+    if getattr(experiment.data, "copy_tokens", 0):
+        raise UserError(f"data.copy_tokens is {experiment.data.copy_tokens}; a selective objective, which knows no weights, needs 0")
+    if stored:
+        has = read_json(pathlib.Path(stored) / HEADER).get("scores", [])
+        if lacking := [name for name in objective.needs if name not in has]:
+            raise UserError(f"data.reference {stored} has no {lacking[0]}; infinicontext score-tokens --entropy makes both scores")
     if objective.needs and not (objective.reference or stored):
         raise UserError(
             f"objective.score {objective.score} needs a reference: objective.reference, a run folder, or data.reference, a folder that "
@@ -225,6 +251,8 @@ def check_ids(experiment: Experiment) -> None:
 def check_classifier(experiment: Experiment) -> None:
     """Raises UserError if some target of a classifier would be no class of its."""
     model, data, objective = experiment.model, experiment.data, experiment.objective
+    if isinstance(objective, Selective):
+        raise UserError(f"objective is Selective; a {type(model).__name__}, which predicts nothing but the class, needs NextToken")
     if not isinstance(data, ImageData):
         raise UserError(f"data is {type(data).__name__}, but model is {type(model).__name__}, a classifier, which needs ImageData")
     if objective.loss != "answers" or objective.context_weight:

@@ -5,6 +5,7 @@ A run folder that came from Hugging Face keeps the small files of that folder (c
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -237,6 +238,27 @@ def _check_window(source: pathlib.Path, before: ModelConfig, config: ModelConfig
         raise UserError(f"{source}: its tokens see the last {sees}; with a memory, {name} no longer, not {config.span}")
 
 
+def parameters_fingerprint(model: Model) -> str:
+    """SHA-256 (hex) of a model's parameters."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(model):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def trained_length(folder: pathlib.Path) -> int:
+    """Tokens that a model was first trained on at a time: what its config.json says where it came from Hugging Face, else a run's rows.
+
+    Of Mistral's, which have seen no distance beyond their window, that is the window.
+    """
+    source = folder / KEPT if is_run(folder) else folder
+    found = _read_or_nothing(source / "config.json")
+    if longest := found.get("original_max_position_embeddings") or found.get("max_position_embeddings"):
+        window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+        return min(longest, window or longest)
+    return load_config(folder).train_length
+
+
 def stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
     """The end-of-text ids of a Hugging Face folder: generation_config.json's or, without those, config.json's."""
     for name in ("generation_config.json", "config.json"):
@@ -294,7 +316,7 @@ def to_run(
         if factors is not None:
             if not isinstance(model.config, models.TransformerConfig):
                 raise UserError(f"--factors is {factors}; the model in {source}, a {type(model).__name__}, takes none")
-            config = dataclasses.replace(model.config, rope=load_factors(factors, model.config.head_size))
+            config = dataclasses.replace(model.config, rope=load_factors(factors, model.config.head_size, model.config.rope))
             model, experiment = _grown(config, model, mesh, 0), dataclasses.replace(experiment, model=config)
         if grow is not None:
             model, step = merged(model), 0
