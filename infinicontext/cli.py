@@ -199,7 +199,7 @@ def make_parser() -> Parser:
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon", "longrope"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)
@@ -445,16 +445,16 @@ def all_on_tensor() -> jax.sharding.Mesh:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """infinicontext bench cema|timestep_norm|megalodon|infini|fam [--batch B] [--length T] [--dim D] [--rounds N]"""
+    """infinicontext bench cema|timestep_norm|megalodon|infini|fam|beacon|longrope [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
     from infinicontext.bench_beacon import bench_beacon
     from infinicontext.bench_fam import bench_fam
     from infinicontext.bench_infini import bench_infini
+    from infinicontext.bench_longrope import bench_longrope
 
-    (BENCHMARKS | {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon})[options.what](
-        Size(options.batch, options.length, options.dim, options.rounds)
-    )
+    own = {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon, "longrope": bench_longrope}
+    (BENCHMARKS | own)[options.what](Size(options.batch, options.length, options.dim, options.rounds))
 
 
 def run_info(options: argparse.Namespace) -> None:
