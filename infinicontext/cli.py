@@ -196,6 +196,7 @@ def make_parser() -> Parser:
     command.add_argument("--window", type=int, help="tokens the reference reads at a time; default: as in its training")
     command.add_argument("--batch", type=int, default=16, help="rows at a time")
     command.add_argument("--entropy", action="store_true", help="the entropies of its predictions, too")
+    command.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the scores")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
@@ -411,13 +412,11 @@ def run_score_tokens(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
     if not 0 < options.validation_fraction < 1:
         raise UserError(f"--validation-fraction is {options.validation_fraction}; it must be above 0 and below 1")
-    fields = (
-        getattr(options, name) for name in ("reference", "data", "output", "validation_fraction", "window", "batch", "entropy", "step")
-    )
+    names = ("reference", "data", "output", "validation_fraction", "window", "batch", "entropy", "step", "dtype")
     enable_compilation_cache()
     mesh = sharding.make_mesh(sharding.MeshConfig())
     with jax.set_mesh(mesh):
-        score_tokens(Task(*fields), mesh)
+        score_tokens(Task(**{"source" if name == "data" else name: getattr(options, name) for name in names}), mesh)
 
 
 def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.InfiniConfig:

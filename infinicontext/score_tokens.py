@@ -37,6 +37,7 @@ class Task(NamedTuple):
     batch: int
     entropy: bool  # the entropies of its predictions, too
     step: int | None
+    dtype: str = "float16"  # of the scores; float32 takes twice the room
 
 
 def score_tokens(task: Task, mesh: Mesh) -> None:
@@ -62,7 +63,7 @@ def score_tokens(task: Task, mesh: Mesh) -> None:
         "window": window,
         "stride": stride,
         "scores": list(names),
-        "dtype": "float16",
+        "dtype": task.dtype,
     }
     with _writing(task.output):
         _score(task, loaded.model, corpus, about, names, mesh)
@@ -109,7 +110,7 @@ def _score(task: Task, model: Model, corpus: Corpus, about: dict, names: tuple[s
                 if kept[name].shape != (len(corpus.tokens),):
                     raise ValueError("it has another length than the corpus")
             else:
-                kept[name] = np.lib.format.open_memmap(output / f"{name}.npy", mode="w+", dtype=np.float16, shape=(len(corpus.tokens),))
+                kept[name] = np.lib.format.open_memmap(output / f"{name}.npy", mode="w+", dtype=task.dtype, shape=(len(corpus.tokens),))
                 kept[name][:] = np.nan
         except (OSError, ValueError) as error:
             raise UserError(f"{output / name}.npy is damaged ({error}); remove {output} to begin anew") from error

@@ -12,9 +12,9 @@ import optax
 import pytest
 from flax import nnx
 
-from infinicontext import cli
+from infinicontext import cli, models
 from infinicontext.data.corpora import Corpus, load_corpus
-from infinicontext.data.pipeline import PasskeyData
+from infinicontext.data.pipeline import CorpusData, PasskeyData, train_batches
 from infinicontext.data.reference import keep_row, pieces, row_batch, rows
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
@@ -24,6 +24,7 @@ from infinicontext.objectives.next_token import NextToken, row_losses
 from infinicontext.objectives.selective import Selective, prepare, reference_scores, select, selective_loss, summary
 from infinicontext.sharding import MeshConfig, make_mesh
 from infinicontext.training.step import make_steps
+from infinicontext.training.weights import load_model
 
 
 def cases(golden, kind):
@@ -414,6 +415,27 @@ def test_commands(tmp_path, monkeypatch, capsys):
     write(31)
     fails("train experiments.py:stored --workdir a", "data.reference scores was made for another")
     fails("score-tokens reference texts.jsonl scores --batch 0", "--batch is 0")
+
+
+def test_stored_scores_are_those_of_the_moment(tmp_path, monkeypatch):
+    """In float32, of documents that are whole in their rows: then they select the same tokens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    # With its start token a document has as many tokens as a row.
+    texts = [f"{n:05d} is a number"[:15] for n in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with jax.numpy_dtype_promotion("standard"):
+        cli.main(["train", "experiments.py:reference", "--workdir", "reference"])
+        cli.main(["score-tokens", "reference", "texts.jsonl", "scores", "--validation-fraction", "0.5", "--dtype", "float32"])
+    data = CorpusData("texts.jsonl", length=16, validation_fraction=0.5, reference="scores")
+    batch = next(train_batches(data, 8, seed=0, step=0))
+    model = load_model(tmp_path / "reference", make_mesh(MeshConfig(data=1), jax.devices()[:1])).model
+    online = reference_scores(Selective(), model, batch)["reference_loss"]
+    counts = batch["loss_mask"] > 0
+    np.testing.assert_allclose(batch["reference_loss"][counts], online[counts], atol=1e-5)
+    losses_BT, _ = row_losses(models.build(model.config, nnx.Rngs(5)), batch, chunk=16)
+    masks = [select(Selective(), losses_BT - known, jnp.asarray(counts), 6000).mask for known in (batch["reference_loss"], online)]
+    np.testing.assert_array_equal(*masks)
 
 
 class Table(nnx.Module):

@@ -1,4 +1,4 @@
-"""What a reference model makes of the tokens of a corpus, kept beside them: one float16 per token, NaN where none is foretold.
+"""What a reference model makes of the tokens of a corpus, kept beside them: a float16 (or float32) per token, NaN where none is foretold.
 
 A folder has header.json and a .npy for each score, as long as the corpus: entry j is of token j as a target.
 
