@@ -10,6 +10,18 @@ It is trained on 256 bytes at a time and read at 2, 4, 8 and 16 times that, as i
     done
     infinicontext sweep experiments/context_extension.py:untuned --workdir $F/untuned
     infinicontext sweep experiments/context_extension.py:tuned --workdir $F/tuned
+    infinicontext compare $F/untuned/* $F/tuned/* --output report/
+
+The progressive recipe: tuned at 8 times the length, searched again for 64 times without tuning, and once more for short texts.
+
+    infinicontext sweep experiments/context_extension.py:progressive --workdir $F
+    infinicontext search-rope $F/progressive --target-length 16k --documents 2 --output $F/far.json
+    infinicontext convert $F/progressive $F/far --to run --factors $F/far.json
+    infinicontext search-rope $F/far --target-length 256 --short --output $F/both.json
+    infinicontext convert $F/far $F/both --to run --factors $F/both.json
+    infinicontext eval $F/both --lengths 256 2k 16k
+
+LongRoPE2's mixed windows need nothing but its factors (short_attention_factor 1, no short factors): rows of short documents turn as ever.
 
 Not run yet.
 """
@@ -87,6 +99,14 @@ def _extended(scheme: str, scale: int, tuned: bool) -> Experiment:
         batch_size=max(4096 // length, 1),
         validation_every=60,
     )
+
+
+def progressive() -> list[Experiment]:
+    """The first stage of LongRoPE's recipe: tuned with the factors for 8 times the length; nothing before their search has been done."""
+    if not _factors("longrope", 8).exists():
+        return []
+    tuned = _extended("longrope", 8, tuned=True)
+    return [dataclasses.replace(tuned, name="progressive", steps=200)]
 
 
 def untuned() -> list[Experiment]:
