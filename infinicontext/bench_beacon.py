@@ -20,7 +20,7 @@ HEADS = 4
 TOKENS = 16  # read one by one
 
 
-def bench_beacon(size: Size, chunk: int = 1024, ratios: tuple[int, ...] = (2, 8, 32)) -> None:
+def bench_beacon(size: Size, chunk: int = 128, ratios: tuple[int, ...] = (2, 8, 32)) -> None:
     """Models of 2 layers and 512 tokens, by length: a prompt in calls of one chunk; then tokens one by one, from a state with room for the
     prompt, whose shapes and not its contents decide how long they take."""
     if size.dim % (2 * HEADS):
