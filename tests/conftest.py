@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -30,6 +31,27 @@ def float64():
     """Double precision for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def command_line(capsys):
+    """Two functions of a line as a user types it: one runs it, the other sees it refused in one sentence with some words in it."""
+    from infinicontext import cli
+
+    def run(line):
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            cli.main(shlex.split(line))
+
+    def fails(line, *words):
+        with pytest.raises(SystemExit) as end:
+            run(line)
+        assert end.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        for word in words:
+            assert word in message, message
+
+    return run, fails
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import shlex
 
 import chex
 import jax
@@ -13,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from infinicontext import cli, models
+from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.longrope.factors import critical_pair, factors_below, known_factors, load_factors, magnitude, save_factors
 from infinicontext.longrope.score import Documents, Scorer, stretches
@@ -308,26 +307,14 @@ def tiny():
 """
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
+def test_commands(tmp_path, monkeypatch, command_line):
     """A trained model's factors are searched, the search goes on, the model gets them, learns on, is read for short texts, and mistakes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments.py").write_text(EXPERIMENTS)
     texts = [f"{number} times {number} is {number**2}. " * 16 for number in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def run(line):
-        # optax itself multiplies dtypes that strict promotion refuses to mix.
-        with jax.numpy_dtype_promotion("standard"):
-            cli.main(shlex.split(line))
-
-    def fails(line, *words):
-        with pytest.raises(SystemExit) as end:
-            run(line)
-        assert end.value.code == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        for word in words:
-            assert word in message, message
-
+    run, fails = command_line
     run("train experiments.py:tiny --workdir run")
     search = "search-rope run --target-length 64 --documents 2 --population 6 --mutations 2 --crossovers 2 --parents 4"
     run(f"{search} --iterations 1 --output factors.json --batch 8")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import shlex
 
 import jax
 import jax.numpy as jnp
@@ -330,7 +329,7 @@ def stored():
 """
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
+def test_commands(tmp_path, monkeypatch, command_line):
     """A reference is trained and scores a corpus; both ways of asking it train, evaluate and are refused what does not fit."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments.py").write_text(EXPERIMENTS)
@@ -339,19 +338,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     )
     write(30)
 
-    def run(line):
-        # optax itself multiplies dtypes that strict promotion refuses to mix.
-        with jax.numpy_dtype_promotion("standard"):
-            cli.main(shlex.split(line))
-
-    def fails(line, *words):
-        with pytest.raises(SystemExit) as end:
-            run(line)
-        assert end.value.code == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        for word in words:
-            assert word in message, message
-
+    run, fails = command_line
     run("train experiments.py:reference --workdir reference")
     score = "score-tokens reference texts.jsonl scores --validation-fraction 0.5"
     fails("train experiments.py:stored --workdir stored", "scores", "header.json")

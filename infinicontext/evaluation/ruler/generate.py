@@ -118,6 +118,7 @@ class _Family:
 
     step: int  # between sizes
     probe: int  # the size whose tokens are counted first
+    draw: Callable[..., Drawn]  # (size, index of the sample) -> a text of this size, drawn anew each time
 
     def __init__(self, task: str, parameters: Parameters, request: Request, corpora: Corpora):
         self.task, self.parameters, self.request, self.corpora = task, parameters, request, corpora
@@ -132,10 +133,6 @@ class _Family:
 
     def prepare(self) -> None:
         """What a kind needs before it draws."""
-
-    def draw(self, size: int, index: int = 0) -> Drawn:
-        """A text of this size, drawn anew each time."""
-        raise NotImplementedError
 
     def largest(self, per_unit: float) -> int:
         """The upper end of the search, from the tokens that one unit of the probe has."""
@@ -186,6 +183,7 @@ class _Needles(_Family):
         self.words = re.sub(r"\s+", " ", self.corpora.essay).split(" ") if essay else []
 
     def value(self, kind: str) -> str:
+        """A key or a value."""
         if kind == "numbers":
             return str(self.random.randint(10**6, 10**7 - 1))
         if kind == "words":
@@ -193,6 +191,7 @@ class _Needles(_Family):
         return str(uuid.UUID(int=self.random.getrandbits(128), version=4))
 
     def draw(self, size: int, index: int = 0) -> Drawn:
+        """A haystack of so many lines or words, with the needles in it."""
         task = self.parameters
         keys, values, needles = [], [], []
         for _ in range(max(task.key_count, task.query_count)):
@@ -228,6 +227,7 @@ class _Needles(_Family):
 
 class _Variables(_Family):
     def draw_all(self, samples: int) -> list[Drawn]:
+        """The samples, each with an example whose names are drawn anew."""
         budget = self.request.example_budget - self.request.template_tokens
         step = 5 if self.request.length < 4096 else 10
         thrice = lambda budget: lambda per_unit: int(budget / per_unit * 3)
@@ -287,6 +287,7 @@ class _CommonWords(_Family):
         return int(self.budget // per_unit) * 2
 
     def draw(self, size: int, index: int = 0) -> Drawn:
+        """An example with its answer, and a list of so many words."""
         short = self.request.length < 4096
         example, answers = self.numbered(*((20, 3, 1) if short else (40, 10, 3)))
         context, asked = self.numbered(size, *((6, 1) if short else (30, 3)))
@@ -308,6 +309,7 @@ class _CommonWords(_Family):
 
 class _FrequentWords(_Family):
     def draw_all(self, samples: int) -> list[Drawn]:
+        """The samples, with a search of their own for the number of words."""
         room = self.budget - self.text.tokens
         vocabulary, step = room // 50, room // 32
         if vocabulary < 4 or step < 1:
@@ -369,6 +371,7 @@ class _Questions(_Family):
         return super().draw_all(samples)
 
     def draw(self, size: int, index: int = 0) -> Drawn:
+        """So many documents, those that answer the question among them."""
         item = self.items[index]
         if size >= len(self.documents):
             chosen = (self.documents * math.ceil(size / len(self.documents)))[:size]
