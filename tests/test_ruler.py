@@ -10,7 +10,7 @@ import pytest
 
 from infinicontext import cli
 from infinicontext.errors import UserError
-from infinicontext.evaluation.ruler import evaluate
+from infinicontext.evaluation import questions
 from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.ruler.generate import Corpora, Request, RulerLengthError, generate
@@ -174,7 +174,7 @@ def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
         for sample, other in zip(samples, samples[1:] + samples[:1]):
             prompts[sample.input + sample.answer_prefix] = (other if shuffle else sample).outputs
     answers = lambda model, rows, options: [Completion(tokenizer.encode(" ".join(prompts[tokenizer.decode(row)])), "stop") for row in rows]
-    monkeypatch.setattr("infinicontext.evaluation.ruler.evaluate.decode", answers)
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", answers)
     found = evaluate_ruler(None, tokenizer, config, [2048], segment=512)
     assert not found["skipped"]
     (entry,) = found["by_length"]
@@ -232,7 +232,7 @@ def test_command(tmp_path, monkeypatch):
     answers.write_text("\n".join([*lines[:3], lines[3][:10]]))
     asked = []
     monkeypatch.setattr(
-        evaluate, "decode", lambda model, rows, options: asked.append(rows) or [Completion(np.zeros(1, np.int32), "stop")] * len(rows)
+        questions, "generate", lambda model, rows, options: asked.append(rows) or [Completion(np.zeros(1, np.int32), "stop")] * len(rows)
     )
     run("eval", "run", "--evaluation.ruler.samples", "2")
     assert len(asked) == 1

@@ -2,6 +2,17 @@
 
 import math
 
+QUESTION_TITLES = {
+    "passkey_landmark": "Passkey as in LongRoPE",
+    "passkey_beacon": "Passkey as in Activation Beacon",
+    "needle": "Needle in a haystack",
+    "magic_number": "Magic number in a book",
+    "key_value": "Key-value retrieval",
+    "documents": "Questions with documents",
+    "babilong": "BABILong",
+    "longbench": "LongBench",
+}
+
 
 def length_label(tokens: int) -> str:
     """65536 -> "64k", 1048576 -> "1M" (powers of 1024); a length that is no whole multiple is written out."""

@@ -14,6 +14,7 @@ import numpy as np
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.models.streaming import Model, read
 
 PROTOCOL = (
@@ -130,14 +131,5 @@ def _batches(tokenizer: Tokenizer, config: PasskeyEvaluation, length: int, seed:
 
 def _score(shares: list[float]) -> dict:
     """Summary of samples, each given as the share of its key tokens that are right."""
-    # Here, because scipy.stats takes half a second to import.
-    from scipy.stats import binomtest
-
-    exact = sum(share == 1 for share in shares)
-    interval = binomtest(exact, len(shares)).proportion_ci(0.95, method="wilson")
-    return {
-        "samples": len(shares),
-        "exact": exact / len(shares),
-        "interval": [interval.low, interval.high],
-        "digits": float(np.mean(shares)),
-    }
+    exact, interval = mean_with_interval([float(share == 1) for share in shares])
+    return {"samples": len(shares), "exact": exact, "interval": interval, "digits": float(np.mean(shares))}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
 from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
 from infinicontext.evaluation.runs import Run
 
@@ -93,6 +93,11 @@ def draw(runs: list[Run]) -> list[Plot]:
             _passkey_by_length(runs),
             *(_summaries(group, source) for source, group in by_group(summarised, _books).items()),
         ]
+        for task in QUESTION_TITLES:
+            asked = [run for run in runs if run.task(task).get("cells")]
+            for group in by_group(asked, lambda run, task=task: run.task(task)["mode"]).values():
+                found += [_question_map(group[start : start + 6], task) for start in range(0, len(group), 6)]
+                found += [_questions_by_size(group, task), *_questions_by_position(group, task)]
         found += [_categories(run) for run in runs if run.task("categories")]
         found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
@@ -363,6 +368,75 @@ def _ruler_by_length(runs: list[Run]) -> Plot | None:
     counts = sorted({len(entry["tasks"]) for run, _ in lines for entry in run.task("ruler")["by_length"] if entry["tasks"]})
     note = f"Mean over {' or '.join(map(str, counts))} of the {len(RULER_TASKS)} tasks."
     return Plot("ruler-by-length", title, note, "ruler", [run for run, _ in lines], figure)
+
+
+def _question_map(runs: list[Run], task: str) -> Plot:
+    """Scores by size, and by depth, position or data set."""
+    cells = [cell for run in runs for cell in run.task(task)["cells"]]
+    sizes = sorted({cell["size"] for cell in cells})
+    names = list(dict.fromkeys(cell["place"] for cell in cells))
+    numbers = [name for name in names if not isinstance(name, str)]
+    rows = [*sorted(numbers), *(name for name in names if isinstance(name, str))]
+    grids = []
+    for run in runs:
+        grids.append(np.full((len(rows), len(sizes)), np.nan))
+        for cell in run.task(task)["cells"]:
+            grids[-1][rows.index(cell["place"]), sizes.index(cell["size"])] = cell["score"]
+    about = runs[0].task(task)
+    title = f"{QUESTION_TITLES[task]} by {about['size']} and {about['place']}"
+    figure, panels = _heat_maps(runs, grids, ACCURACY, "score (%)", title)
+    label = length_label if about["size"] == "tokens" else str
+    percent = about["place"] == "depth"
+    for axes in panels:
+        axes.set_yticks(range(len(rows)), [f"{100 * row:.0f}%" if percent else str(row) for row in rows], fontsize=9)
+        axes.set_xticks(range(len(sizes)), [label(size) for size in sizes] if axes is panels[-1] else [""] * len(sizes))
+    panels[-1].set_xlabel(about["size"])
+    figure.supylabel(about["place"], fontsize=11)
+    return Plot(f"{task}-map", title, "Gray: not measured.", task, runs, figure)
+
+
+def _questions_by_size(runs: list[Run], task: str) -> Plot | None:
+    lines = _with_points(
+        (run, [(e["prompt_tokens"], *(100 * x for x in (e["score"], *e["interval"]))) for e in run.task(task)["by_size"]]) for run in runs
+    )
+    if not lines:
+        return None
+    title = f"{QUESTION_TITLES[task]} by length"
+    figure, axes = _by_length(lines, title, "length of the prompts (tokens)", "score (%)")
+    axes.set_ylim(-4, 104)
+    chances = [entry["chance"] for run, _ in lines for entry in run.task(task)["by_size"]]
+    note = f"Mean over all places. Bars: 95% interval. Who guesses has {100 * min(chances):.2g}"
+    note += f" to {100 * max(chances):.2g}%." if max(chances) > min(chances) else "%."
+    return Plot(f"{task}-by-length", title, note, task, [run for run, _ in lines], figure)
+
+
+def _questions_by_position(runs: list[Run], task: str) -> list[Plot]:
+    """Lost in the middle: a picture for each number of pairs or documents."""
+    if runs[0].task(task)["place"] != "position":
+        return []
+    plots = []
+    for size in sorted({cell["size"] for run in runs for cell in run.task(task)["cells"]}):
+        figure, (axes,) = _panels([3.7])
+        others = []
+        for run in runs:
+            cells = [cell for cell in run.task(task)["cells"] if cell["size"] == size]
+            points = sorted((c["place"], c["score"], *c["interval"]) for c in cells if not isinstance(c["place"], str))
+            if points:
+                x, y, low, high = np.array(points).T
+                axes.errorbar(x, 100 * y, 100 * np.maximum([y - low, high - y], 0), capsize=3, elinewidth=1.2, **_look(run))
+            for cell in cells:
+                if isinstance(cell["place"], str):
+                    dashes = (0, (6, 3)) if cell["place"] == "oracle" else (0, (2, 2))
+                    axes.axhline(100 * cell["score"], color=_look(run)["color"], linestyle=dashes, linewidth=1.2)
+                    label = f"{run.name}, {cell['place']}"
+                    others.append(Line2D([], [], color=_look(run)["color"], linestyle=dashes, linewidth=1.2, label=label))
+        about = runs[0].task(task)
+        title = f"{QUESTION_TITLES[task]}: {size} {about['size']}"
+        axes.set(title=textwrap.fill(title, 60), xlabel="position of what is asked for", ylabel="score (%)", ylim=(-4, 104))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _legend(figure, runs, others)
+        plots.append(Plot(f"{task}-by-position-{size}", title, "Bars: 95% interval.", task, runs, figure))
+    return plots
 
 
 def _books(run: Run) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infinicontext.errors import UserError
-from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
 from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
 from infinicontext.evaluation.runs import Run, read_runs
 
@@ -334,11 +334,13 @@ def _skipped(runs: list[Run]) -> list[str]:
     """One line for each run, task and reason, with the lengths to which it applies."""
     lengths: dict[tuple[str, str, str], dict[str, None]] = {}
     for run in runs:
-        for task in ("perplexity", "passkey", "summarisation", "ruler"):
-            for entry in run.task(task).get("skipped", []):
+        for task in ("perplexity", "passkey", "summarisation", "ruler", *QUESTION_TITLES):
+            found = run.task(task)
+            for entry in found.get("skipped", []):
                 key = run.name, f"{task} {entry['task']}" if "task" in entry else task, entry.get("reason", "no reason given")
-                lengths.setdefault(key, {})[length_label(entry["length"])] = None
-    return [f"{name}: {task} at {', '.join(skipped)} tokens: {reason}" for (name, task, reason), skipped in lengths.items()]
+                size = length_label(entry["length"]) if "length" in entry else str(entry["size"])
+                lengths.setdefault((*key, found.get("size", "tokens")), {})[size] = None
+    return [f"{name}: {task} at {', '.join(skipped)} {unit}: {reason}" for (name, task, reason, unit), skipped in lengths.items()]
 
 
 def _html_details(run: Run) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -15,15 +15,23 @@ from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import Data, PasskeyData, tokenizer_of
 from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
+from infinicontext.evaluation.babilong import BabiLong
+from infinicontext.evaluation.longbench import LongBench
+from infinicontext.evaluation.lost_in_the_middle import Documents, KeyValue
+from infinicontext.evaluation.needle import MagicNumber, Needle
 from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
+from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
+from infinicontext.evaluation.questions import Asking, evaluate_questions
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
+# Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
+Questions = Literal["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
 # selection and categories are of selective language modelling (evaluation/selection.py).
-Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", "selection", "categories"]
+Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", Questions, "selection", "categories"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,15 @@ class Evaluation:
     passkey: PasskeyEvaluation = PasskeyEvaluation()
     summarisation: SummarisationEvaluation = SummarisationEvaluation()
     ruler: RulerEvaluation = RulerEvaluation()
+    asking: Asking = Asking()  # how the questions below are asked
+    passkey_landmark: LandmarkPasskey = LandmarkPasskey()
+    passkey_beacon: BeaconPasskey = BeaconPasskey()
+    needle: Needle = Needle()
+    magic_number: MagicNumber = MagicNumber()
+    key_value: KeyValue = KeyValue()
+    documents: Documents = Documents()
+    babilong: BabiLong = BabiLong()
+    longbench: LongBench = LongBench()
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
@@ -66,7 +83,7 @@ def evaluate(
     validation: list[dict[str, np.ndarray]],
     validation_nll: float,
     say: Callable[[str], None],
-    answers: Path | None = None,
+    output: Path | None = None,
     about: dict | None = None,
 ) -> dict:
     """Runs the tasks.
@@ -79,7 +96,7 @@ def evaluate(
       validation: the validation batches of training, which the n-gram baselines are scored on too.
       validation_nll: the model's mean loss per token on them, in nats.
       say: told of progress.
-      answers: a file that keeps RULER's answers, so that an evaluation that is killed goes on.
+      output: the result's file; answers to questions are kept beside it as they come, so that an evaluation that is killed goes on.
       about: what is evaluated; answers of something else are not used.
 
     Returns:
@@ -132,8 +149,13 @@ def evaluate(
     if "summarisation" in evaluation.tasks:
         tasks["summarisation"] = evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **how)
     if "ruler" in evaluation.tasks:
-        files = {"file": answers, "about": about}
+        files = {"file": _answers(output, "ruler"), "about": about}
         tasks["ruler"] = evaluate_ruler(model, tokenizer, evaluation.ruler, readable, segment=evaluation.segment, say=say, **files)
+    for task in get_args(Questions):
+        if task in evaluation.tasks:
+            files = {"limit": limit if state_grows(model) else None, "file": _answers(output, task), "about": about}
+            kind = getattr(evaluation, task)
+            tasks[task] = evaluate_questions(model, tokenizer, task, kind, evaluation.asking, lengths, **files, **how)
     too_long = [
         {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
         for length in lengths
@@ -142,3 +164,7 @@ def evaluate(
     for name in tasks.keys() & {"passkey", "summarisation", "ruler"}:
         tasks[name]["skipped"] += too_long
     return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}
+
+
+def _answers(output: Path | None, task: str) -> Path | None:
+    return output and output.with_suffix(f".{task}.jsonl")

@@ -49,7 +49,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             validation=batches,
             validation_nll=float(np.average(losses, weights=[counted(of_validation(experiment.objective), batch) for batch in batches])),
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
-            answers=output.with_suffix(".ruler.jsonl") if "ruler" in experiment.evaluation.tasks else None,
+            output=output,
             about={"run": experiment.name, "step": step, "model": to_plain(experiment.model)},
         )
         if "selection" in experiment.evaluation.tasks:

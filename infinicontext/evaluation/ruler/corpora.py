@@ -85,7 +85,10 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         ids[name] = hashlib.sha256(data).hexdigest()
     sentences, lacks = None, None
     if "essay" in contents:
-        sentences, lacks = _sentences(splitter, where)
+        try:
+            sentences = sentence_splitter(splitter, where)
+        except UserError as error:
+            lacks = str(error)
     for task in tasks:
         name = needed(task)
         if name and name not in contents:
@@ -104,17 +107,31 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
     return Loaded(corpora, missing, ids)
 
 
-def _sentences(splitter: Splitter, where: Path) -> tuple[Callable[[str], list[str]] | None, str | None]:
-    """The splitter, or what it lacks."""
+def sentence_splitter(splitter: Splitter, where: Path | None = None, *, trained: bool = True) -> Callable[[str], list[str]]:
+    """Splits texts into sentences.
+
+    Args:
+      splitter: which.
+      where: a folder that may hold NLTK's data.
+      trained: on English (NLTK's punkt_tab), as RULER's; without it there are no files, as in BABILong.
+
+    Raises:
+      UserError: NLTK or its data are missing.
+    """
     if splitter == "regex":
-        return lambda text: re.split(r"(?<=[.!?])\s+", text), None
+        return lambda text: re.split(r"(?<=[.!?])\s+", text)
     try:
         import nltk
-        from nltk.tokenize import PunktTokenizer
+        from nltk.tokenize import PunktSentenceTokenizer, PunktTokenizer
 
+        if not trained:
+            return PunktSentenceTokenizer().tokenize
         nltk.data.path.append(str(where))
-        return PunktTokenizer("english").tokenize, None
-    except ImportError:
-        return None, 'sentences are split by nltk: pip install "infinicontext[ruler]", or set the splitter to regex'
-    except LookupError:
-        return None, f"NLTK's punkt_tab is missing: python -m nltk.downloader -d {where} punkt_tab, or set the splitter to regex"
+        return PunktTokenizer("english").tokenize
+    except ImportError as error:
+        raise UserError('sentences are split by nltk: pip install "infinicontext[evaluation]", or set the splitter to regex') from error
+    except LookupError as error:
+        raise UserError(
+            f"NLTK's punkt_tab is missing: infinicontext download ruler, or python -m nltk.downloader -d {where} punkt_tab, or set the "
+            "splitter to regex"
+        ) from error

@@ -1,21 +1,17 @@
 """RULER for any model, through the stream: scores by task and length, and what they add up to."""
 
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.intervals import mean_with_interval
+from infinicontext.evaluation.questions import Answers, Question, ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS
-from infinicontext.inference.generate import Generation
-from infinicontext.inference.generate import generate as decode
 from infinicontext.models.streaming import Model
 
 
@@ -43,37 +39,6 @@ class RulerEvaluation:
                 raise UserError(f"evaluation.ruler.{name} is {getattr(self, name)}; it must be 1 or more")
         if not self.tasks:
             raise UserError("evaluation.ruler.tasks is empty; it must name one task or more")
-
-
-class Answers:
-    """Answers so far, in a file from which an evaluation that was killed goes on."""
-
-    def __init__(self, path: Path | None, about: dict):
-        self.path, self.found = path, {}
-        if path is None:
-            return
-        about = json.loads(json.dumps(about))
-        try:
-            first, *lines = path.read_text("utf-8").splitlines()
-            if json.loads(first) == about:
-                for line in lines:
-                    entry = json.loads(line)
-                    self.found[entry["length"], entry["task"], entry["index"]] = entry["answer"]
-        except (OSError, ValueError, LookupError):
-            # Nothing there, of something else, or cut off in its last line.
-            pass
-        kept = [
-            json.dumps({"length": length, "task": task, "index": index, "answer": answer})
-            for (length, task, index), answer in self.found.items()
-        ]
-        path.write_text("".join(line + "\n" for line in [json.dumps(about), *kept]), "utf-8")
-
-    def keep(self, length: int, task: str, index: int, answer: str) -> None:
-        """Adds one."""
-        self.found[length, task, index] = answer
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"length": length, "task": task, "index": index, "answer": answer}) + "\n")
 
 
 def evaluate_ruler(
@@ -105,12 +70,8 @@ def evaluate_ruler(
       and lengths with the reason.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
-    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
-    stop = () if tokenizer.start_id is None else ((tokenizer.start_id,),)
     count = lambda text: len(tokenizer.encode(text))
-    kept = Answers(
-        file, (about or {}) | {"config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint(), "corpora": loaded.ids}
-    )
+    kept = Answers(file, (about or {}) | {"tokenizer": tokenizer.fingerprint()})
     by_length, predictions = [], []
     skipped = [{"length": length, "task": task, "reason": reason} for length in lengths for task, reason in loaded.missing.items()]
     for length in lengths:
@@ -124,28 +85,26 @@ def evaluate_ruler(
             except UserError as error:
                 skipped.append({"length": length, "task": task, "reason": str(error)})
                 continue
-            clock, todo = time.perf_counter(), [sample for sample in samples if (length, task, sample.index) not in kept.found]
-            options = Generation(TEXTS[type(TASKS[task])].tokens, segment=segment, stop=stop)
-            for at in range(0, len(todo), config.batch_size):
-                batch = todo[at : at + config.batch_size]
-                prompts = [np.array([*start, *tokenizer.encode(sample.input + sample.answer_prefix)], np.int32) for sample in batch]
-                # A batch that is not full is filled up, so that fewer programs are compiled.
-                rows = decode(model, prompts + prompts[:1] * (config.batch_size - len(prompts)), options)
-                for sample, row in zip(batch, rows):
-                    kept.keep(length, task, sample.index, tokenizer.decode(row.tokens))
-            seconds = time.perf_counter() - clock
-            scores[task] = _scored(task, samples, [kept.found[length, task, sample.index] for sample in samples])
-            if todo:
-                scores[task]["samples_per_second"] = len(todo) / seconds
-            predictions += [
-                {
-                    "length": length,
-                    "task": task,
-                    "index": sample.index,
-                    "answer": kept.found[length, task, sample.index],
-                    "outputs": sample.outputs,
-                }
+            questions = [
+                Question(
+                    length,
+                    task,
+                    sample.index,
+                    with_start(tokenizer, tokenizer.encode(sample.input + sample.answer_prefix)),
+                    tuple(sample.outputs),
+                    " " + ", ".join(sample.outputs),
+                    TEXTS[type(TASKS[task])].tokens,
+                )
                 for sample in samples
+            ]
+            speed = ask(model, tokenizer, questions, kept, mode="generate", batch_size=config.batch_size, segment=segment)
+            answers = [kept.of(question).text for question in questions]
+            scores[task] = _scored(task, samples, answers)
+            if speed:
+                scores[task]["samples_per_second"] = speed
+            predictions += [
+                {"length": length, "task": task, "index": sample.index, "answer": answer, "outputs": sample.outputs}
+                for sample, answer in zip(samples, answers)
             ]
             say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%, {len(samples)} samples")
         values = {task: entry["score"] for task, entry in scores.items()}
@@ -155,7 +114,7 @@ def evaluate_ruler(
     official = config.splitter == "punkt" and config.example_budget == 500
     protocol = (
         f"RULER, samples as NVIDIA/RULER generates them (version {VERSION}), {config.samples} of each task, chat template {config.chat!r}, "
-        "read in one stream from an empty state, decoded greedily; recall of the references in percent, 95% Wilson intervals."
+        "read in one stream from an empty state, decoded greedily; recall of the references in percent, 95% intervals."
         + ("" if official else " Not comparable with published numbers: another splitter of sentences or budget of the example.")
     )
     asked = {"predictions": predictions} if config.predictions else {}
@@ -164,14 +123,10 @@ def evaluate_ruler(
 
 
 def _scored(task: str, samples: list[Sample], answers: list[str]) -> dict:
-    # Here, because scipy.stats takes half a second to import.
-    from scipy.stats import binomtest
-
-    shares = [sample_score(task, cleaned(answer), sample.outputs) for sample, answer in zip(samples, answers)]
-    interval = binomtest(round(sum(shares)), len(shares)).proportion_ci(0.95, method="wilson")
+    _, interval = mean_with_interval([sample_score(task, cleaned(answer), sample.outputs) for sample, answer in zip(samples, answers)])
     return {
         "score": task_score(task, answers, [sample.outputs for sample in samples]),
         "samples": len(samples),
-        "interval": [100 * interval.low, 100 * interval.high],
+        "interval": [100 * end for end in interval],
         "nulls": sum(cleaned(answer) == "" for answer in answers),
     }

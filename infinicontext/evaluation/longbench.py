@@ -1,0 +1,168 @@
+"""LongBench and InfiniteBench on local files: their scores, and prompts made of the data sets' own configuration.
+
+A folder holds a data set as JSON lines NAME.jsonl (input, context, answers, all_classes) and LongBench's config/dataset2prompt.json and
+config/dataset2maxlen.json, or these two beside the data sets. Chinese data sets need a word splitter and are left out.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from infinicontext.data.tokenizers import Tokenizer
+from infinicontext.errors import UserError
+from infinicontext.evaluation.lost_in_the_middle import normalised
+from infinicontext.evaluation.needle import rouge_l
+from infinicontext.evaluation.passkey_texts import similarity
+from infinicontext.evaluation.questions import Question, with_start
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the normalised words, each as often as it occurs."""
+    found, wanted = normalised(answer).split(), normalised(reference).split()
+    same = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+
+
+def classification(answer: str, reference: str, classes: Sequence[str], official: bool = True) -> float:
+    """1 over the number of classes that the answer names, if the right one is among them; those that are part of its name do not count.
+
+    The official code removes these from the list it walks along, and so skips the one after each; `official` False leaves none out.
+    """
+    named = [name for name in classes if name in answer]
+    if official:
+        for name in named:
+            if name in reference and name != reference:
+                named.remove(name)
+    else:
+        named = [name for name in named if name == reference or name not in reference]
+    return 1 / len(named) if reference in named else 0.0
+
+
+def paragraph(answer: str, reference: str) -> float:
+    """The share of numbers in the answer that are the reference's, "Paragraph 7"."""
+    wanted, numbers = re.findall(r"Paragraph (\d+)", reference)[0], re.findall(r"\d+", answer)
+    return numbers.count(wanted) / len(numbers) if numbers else 0.0
+
+
+def count(answer: str, reference: str) -> float:
+    """The share of numbers in the answer that are the right one."""
+    numbers = re.findall(r"\d+", answer)
+    return numbers.count(str(reference)) / len(numbers) if numbers else 0.0
+
+
+def code_similarity(answer: str, reference: str) -> float:
+    """How alike the first line of code and the right one are."""
+    lines = answer.lstrip("\n").split("\n")
+    line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
+    return similarity(line, reference)
+
+
+def infinitebench_words(answer: str, reference: str) -> float:
+    """Whether the reference is one of the answer's words (key-value retrieval)."""
+    return float(reference in re.sub(r"[\n:\"'.,?!{}]", " ", answer).split())
+
+
+class DataSet(NamedTuple):
+    """How a data set is scored. `score` is given answer, reference and classes."""
+
+    category: str
+    score: Callable[[str, str, Any], float]
+    first_line: bool = False  # answers are cut at their first line
+
+
+_f1 = lambda answer, reference, classes: token_f1(answer, reference)
+_rouge = lambda answer, reference, classes: rouge_l(answer, reference)["f"]
+_code = lambda answer, reference, classes: code_similarity(answer, reference)
+DATA_SETS = {
+    **{name: DataSet("single-document", _f1) for name in ("narrativeqa", "qasper", "multifieldqa_en")},
+    **{name: DataSet("multi-document", _f1) for name in ("hotpotqa", "2wikimqa", "musique")},
+    **{name: DataSet("summarisation", _rouge) for name in ("gov_report", "qmsum", "multi_news")},
+    "trec": DataSet("few-shot", classification, True),
+    "triviaqa": DataSet("few-shot", _f1, True),
+    "samsum": DataSet("few-shot", _rouge, True),
+    "passage_count": DataSet("synthetic", lambda answer, reference, classes: count(answer, reference)),
+    "passage_retrieval_en": DataSet("synthetic", lambda answer, reference, classes: paragraph(answer, reference)),
+    **{name: DataSet("code", _code) for name in ("lcc", "repobench-p")},
+}
+
+
+def long_score(name: str, answer: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """The best score over the references."""
+    data = DATA_SETS[name]
+    text = answer.lstrip("\n").split("\n")[0] if data.first_line else answer
+    return max(data.score(text, reference, classes or ()) for reference in references)
+
+
+def middle_cut(ids: np.ndarray, room: int) -> np.ndarray:
+    """The first and the last half of the room, where there are more ids."""
+    return ids if len(ids) <= room else np.concatenate([ids[: room // 2], ids[len(ids) - (room - room // 2) :]])
+
+
+@dataclasses.dataclass(frozen=True)
+class LongBench:
+    """The data sets of a folder; of longer prompts the middle is left out, so that their tokens and those of an answer are the length."""
+
+    folder: str = ""
+    data_sets: tuple[str, ...] = tuple(DATA_SETS)
+
+    size: ClassVar[str] = "tokens"
+    place: ClassVar[str] = "data set"
+
+    def __post_init__(self):
+        if unknown := [name for name in self.data_sets if name not in DATA_SETS]:
+            raise UserError(f"evaluation.longbench.data_sets has {unknown[0]}; it must be of {', '.join(DATA_SETS)}")
+
+    def protocol(self) -> str:
+        """See `Kind`."""
+        return f"LongBench, {', '.join(self.data_sets)}; its own scores, prompts without a chat template."
+
+    def sizes(self, lengths: list[int]) -> list[int]:
+        """Those of the prompts with their answers."""
+        return lengths
+
+    def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
+        """The first rows of each data set."""
+        prompts, new_tokens, found = self._configuration("dataset2prompt.json"), self._configuration("dataset2maxlen.json"), []
+        for name in self.data_sets:
+            path = self._path(f"{name}.jsonl")
+            room = size - new_tokens[name] - len(with_start(tokenizer, []))
+            if room < 2:
+                raise UserError(f"{size} tokens do not hold {name}'s answers of {new_tokens[name]}")
+            for index, line in enumerate(path.read_text("utf-8").splitlines()[:samples]):
+                try:
+                    row = json.loads(line)
+                    text, answers = prompts[name].format(**row), tuple(map(str, row["answers"]))
+                    classes = tuple(row.get("all_classes") or ())
+                except (ValueError, LookupError, TypeError) as error:
+                    raise UserError(f"{path}, line {index + 1}, is no row of LongBench: {error!r}") from error
+                prompt = with_start(tokenizer, middle_cut(tokenizer.encode(text), room))
+                found.append(Question(size, name, index, prompt, answers, f" {answers[0]}", new_tokens[name], classes))
+        return found
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        """The data set's own."""
+        return {"score": long_score(str(question.place), answer, question.answers, question.classes)}
+
+    def chance(self, size: int) -> float:
+        """Not known."""
+        return 0.0
+
+    def _path(self, name: str) -> Path:
+        for path in (Path(self.folder, name), Path(self.folder, "config", name), Path(self.folder, "data", name)):
+            if self.folder and path.is_file():
+                return path
+        where = self.folder or "evaluation.longbench.folder, which is empty"
+        raise UserError(f"there is no {name} in {where}; LongBench's data sets and its config/ are at github.com/THUDM/LongBench")
+
+    def _configuration(self, name: str) -> dict:
+        path = self._path(name)
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error

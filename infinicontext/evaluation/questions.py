@@ -1,0 +1,313 @@
+"""Questions to a model and its answers: asked in batches through the stream, scored by kind, kept in a file so that nothing is asked twice.
+
+Shape letters: P tokens of a prompt, B questions of a batch, A tokens of an answer, D channels.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infinicontext.data.tokenizers import Tokenizer
+from infinicontext.errors import UserError
+from infinicontext.evaluation.intervals import mean_with_interval
+from infinicontext.inference.generate import Generation, generate, read_prompts
+from infinicontext.models.streaming import Model
+
+# generate: greedy decoding, scored as text. teacher_forced: the right answer is read, and each of its tokens must be the likeliest.
+Mode = Literal["generate", "teacher_forced"]
+
+
+class Question(NamedTuple):
+    """One prompt and what answers it."""
+
+    size: int  # of the context: tokens, pairs, documents
+    place: float | str  # where the answer stands, or the data set it is from
+    index: int  # among those of the same size and place
+    prompt_P: np.ndarray  # int32, the start token included
+    answers: tuple[str, ...]
+    continuation: str  # the prompt's right continuation, as text
+    new_tokens: int  # at which an answer is cut off
+    classes: tuple[str, ...] = ()  # what answers are, where the score counts others that are named
+
+
+class Kind(Protocol):
+    """A kind of question: a frozen dataclass of options with these."""
+
+    size: str  # what sizes count
+    place: str  # what places are
+
+    def protocol(self) -> str:
+        """How prompts are made and answers scored, in a sentence or two."""
+        ...
+
+    def sizes(self, lengths: list[int]) -> list[int]:
+        """The sizes to be asked, where lengths in tokens are wanted."""
+        ...
+
+    def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
+        """Questions of a size, so many for each place: a pure function of these arguments and the files that are named.
+
+        Raises:
+          UserError: the size holds no such question, or a file is missing.
+        """
+        ...
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        """Numbers from 0 to 1, the first of them being the score."""
+        ...
+
+    def chance(self, size: int) -> float:
+        """The score of one who guesses."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are asked, whatever their kind."""
+
+    samples: int = 10  # for each size and place
+    batch_size: int = 4
+    mode: Mode = "generate"
+    predictions: bool = False  # whether the result holds every answer
+
+    def __post_init__(self):
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.asking.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"evaluation.asking.mode is {self.mode}; it must be one of {', '.join(get_args(Mode))}")
+
+
+class Answer(NamedTuple):
+    """What a model made of a question."""
+
+    text: str
+    right: float | None = None  # the share of the right answer's tokens that were the likeliest, teacher-forced
+
+
+class Answers:
+    """Answers so far, in a file from which an evaluation that was killed goes on."""
+
+    def __init__(self, path: Path | None, about: dict):
+        """`about` is what is asked of what; answers to something else are not used."""
+        self.path, self.found = path, {}
+        if path is None:
+            return
+        about = json.loads(json.dumps(about))
+        try:
+            first, *lines = path.read_text("utf-8").splitlines()
+            if json.loads(first) == about:
+                for line in lines:
+                    key, answer = json.loads(line)
+                    self.found[tuple(key)] = Answer(*answer)
+        except (OSError, ValueError, TypeError):
+            # Nothing there, of something else, or cut off in its last line.
+            pass
+        kept = [json.dumps([key, answer]) for key, answer in self.found.items()]
+        path.write_text("".join(line + "\n" for line in [json.dumps(about), *kept]), "utf-8")
+
+    def of(self, question: Question) -> Answer | None:
+        """The answer, if there is one."""
+        return self.found.get(_key(question))
+
+    def keep(self, question: Question, answer: Answer) -> None:
+        """Adds one."""
+        self.found[_key(question)] = answer
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([_key(question), answer]) + "\n")
+
+
+def _key(question: Question) -> tuple:
+    """By its prompt, too: another text in the same file of a corpus makes another question."""
+    return question.size, question.place, question.index, zlib.crc32(question.prompt_P.tobytes())
+
+
+def ask(
+    model: Model,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    kept: Answers,
+    *,
+    mode: Mode,
+    batch_size: int,
+    segment: int,
+) -> float | None:
+    """Asks what was not answered yet, and keeps the answers.
+
+    Every question is read from an empty state. Prompts of about the same length are read together; a row's padding changes nothing.
+
+    Args:
+      model: any model with the tokenizer's vocabulary.
+      tokenizer: its start token ends an answer.
+      questions: in any order.
+      kept: answers so far.
+      mode: see `Mode`.
+      batch_size: questions read together.
+      segment: tokens per call while prompts are read.
+
+    Returns:
+      Questions answered per second; None if there was nothing to ask.
+    """
+    todo = [question for question in questions if kept.of(question) is None]
+    clock = time.perf_counter()
+    for batch in _batches(todo, batch_size):
+        # A batch that is not full is filled up, so that fewer programs are compiled.
+        filled = batch + batch[:1] * (batch_size - len(batch))
+        if mode == "generate":
+            stop = () if tokenizer.start_id is None else ((tokenizer.start_id,),)
+            options = Generation(batch[0].new_tokens, segment=segment, stop=stop)
+            rows = generate(model, [question.prompt_P for question in filled], options)
+            found = [Answer(tokenizer.decode(row.tokens)) for row in rows]
+        else:
+            found = _forced(model, tokenizer, filled, segment)
+        for question, answer in zip(batch, found):
+            kept.keep(question, answer)
+    return len(todo) / (time.perf_counter() - clock) if todo else None
+
+
+def _batches(questions: list[Question], batch_size: int) -> Iterator[list[Question]]:
+    """Questions with answers of the same length and prompts of about the same."""
+    key = lambda question: question.new_tokens
+    for _, same in itertools.groupby(sorted(questions, key=lambda question: (key(question), len(question.prompt_P))), key):
+        row = list(same)
+        yield from (row[at : at + batch_size] for at in range(0, len(row), batch_size))
+
+
+def _forced(model: Model, tokenizer: Tokenizer, questions: list[Question], segment: int) -> list[Answer]:
+    """The likeliest tokens where the right ones are read."""
+    right = [tokenizer.encode(question.continuation) for question in questions]
+    A, B = max(map(len, right)), len(questions)
+    prompts = [question.prompt_P for question in questions]
+    planned_B = np.array([len(prompt) + len(answer) for prompt, answer in zip(prompts, right)], np.int32)
+    state = read_prompts(model, [prompt[:-1] for prompt in prompts], int(planned_B.max()) + A, planned_B, segment)
+    inputs_BA, present_BA = np.zeros((2, B, A), np.int32)
+    for inputs_A, present_A, prompt, answer in zip(inputs_BA, present_BA, prompts, right):
+        inputs_A[: len(answer)] = [prompt[-1], *answer[:-1]]
+        present_A[: len(answer)] = 1
+    likeliest_BA = np.asarray(_likeliest(model, inputs_BA, present_BA, state))
+    rows = [row_A[: len(answer)] for row_A, answer in zip(likeliest_BA, right)]
+    return [Answer(tokenizer.decode(row), float(np.mean(row == answer))) for row, answer in zip(rows, right)]
+
+
+@jax.jit
+def _likeliest(model: Model, tokens_BA: jax.Array, present_BA: jax.Array, state) -> jax.Array:
+    hidden_BAD, _ = model.hidden(tokens_BA, state, present_BA)
+    return jnp.argmax(model.logits(hidden_BAD), axis=-1)
+
+
+def evaluate_questions(
+    model: Model,
+    tokenizer: Tokenizer,
+    task: str,
+    kind: Kind,
+    asking: Asking,
+    lengths: list[int],
+    *,
+    limit: int | None,
+    segment: int,
+    seed: int,
+    say=lambda line: None,
+    file: Path | None = None,
+    about: dict | None = None,
+) -> dict:
+    """Asks questions of one kind and adds up their scores.
+
+    Args:
+      model: any model with the tokenizer's vocabulary.
+      tokenizer: decides how much text a length holds.
+      task: its name, for messages.
+      kind: what is asked.
+      asking: how.
+      lengths: tokens; a kind whose sizes count something else has its own.
+      limit: the longest prompt, with the answer, that the model has room for; None: any.
+      segment: tokens per call while prompts are read.
+      seed: decides the questions; the same for every model.
+      say: told of progress, a line per size.
+      file: keeps answers, so that nothing is done twice after an interruption.
+      about: what is evaluated; answers of something else are not used.
+
+    Returns:
+      protocol, mode, seed, prompts (SHA-256 of all of them), size, place; cells: the mean scores with a 95% interval by size and place;
+      by_size: the same over all places, the score of one who guesses, the mean length of the prompts and the speed; skipped: sizes with
+      the reason; predictions: on request.
+    """
+    kept = Answers(
+        file, (about or {}) | {"kind": dataclasses.asdict(kind), "mode": asking.mode, "seed": seed, "tokenizer": tokenizer.fingerprint()}
+    )
+    cells, by_size, skipped, predictions, digest = [], [], [], [], hashlib.sha256()
+    for size in kind.sizes(lengths):
+        try:
+            questions = kind.questions(tokenizer, size, asking.samples, seed)
+        except UserError as error:
+            skipped.append({"size": size, "reason": str(error)})
+            continue
+        longest = max(len(question.prompt_P) + question.new_tokens for question in questions)
+        if limit is not None and longest > limit:
+            reason = f"{longest} tokens, but the state grows with length and evaluation.capacity is {limit}"
+            skipped.append({"size": size, "reason": reason})
+            continue
+        for question in questions:
+            digest.update(question.prompt_P.tobytes())
+        speed = ask(model, tokenizer, questions, kept, mode=asking.mode, batch_size=asking.batch_size, segment=segment)
+        scored = [(question, _scores(kind, question, kept.of(question))) for question in questions]
+        places = dict.fromkeys(question.place for question in questions)
+        cells += [{"size": size, "place": place} | _summary([s for q, s in scored if q.place == place]) for place in places]
+        # What is known without documents, and with nothing but the right one, is there to compare with and no position.
+        whole = _summary([scores for q, scores in scored if kind.place != "position" or not isinstance(q.place, str)])
+        length = float(np.mean([len(question.prompt_P) for question in questions]))
+        numbers = {"prompt_tokens": length, "chance": kind.chance(size)} | ({"samples_per_second": speed} if speed else {})
+        by_size.append({"size": size} | whole | numbers)
+        predictions += [
+            {"size": size, "place": q.place, "index": q.index, "answer": kept.of(q).text, "answers": list(q.answers)} | s for q, s in scored
+        ]
+        say(f"{task} {kind.size} {size}: {100 * whole['score']:.1f}% of {whole['samples']}, chance {100 * kind.chance(size):.1f}%")
+    how = {
+        "generate": "decoded greedily",
+        "teacher_forced": "teacher-forced: the right answer is read, and the score is 1 where each of its tokens is the likeliest",
+    }
+    return {
+        "protocol": f"{kind.protocol()} Read in one stream from an empty state, {how[asking.mode]}; 95% intervals.",
+        "mode": asking.mode,
+        "seed": seed,
+        "prompts": digest.hexdigest(),
+        "size": kind.size,
+        "place": kind.place,
+        "cells": cells,
+        "by_size": by_size,
+        "skipped": skipped,
+    } | ({"predictions": predictions} if asking.predictions else {})
+
+
+def _scores(kind: Kind, question: Question, answer: Answer) -> dict[str, float]:
+    """By name; the first is the score."""
+    if answer.right is None:
+        return kind.score(question, answer.text)
+    return {"exact": float(answer.right == 1), "tokens": answer.right}
+
+
+def _summary(scores: list[dict[str, float]]) -> dict:
+    first, *others = scores[0]
+    mean, interval = mean_with_interval([entry[first] for entry in scores])
+    means = {name: float(np.mean([entry[name] for entry in scores])) for name in others}
+    return {"samples": len(scores), "score": mean, "interval": interval} | means
+
+
+def with_start(tokenizer: Tokenizer, ids_P: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Ids after the tokenizer's start token, if it has one."""
+    return np.array([*([] if tokenizer.start_id is None else [tokenizer.start_id]), *ids_P], np.int32)
+
+
+def repeated(ids: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of ids that begin anew where they end."""
+    return np.resize(ids, count)

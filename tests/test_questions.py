@@ -1,0 +1,397 @@
+"""Evaluations by questions: golden prompts and scores, who knows the answers, who sees only the end, and the two ways of asking."""
+
+import json
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from infinicontext import cli, models
+from infinicontext.data.tokenizers import ByteTokenizer
+from infinicontext.errors import UserError
+from infinicontext.evaluation.babilong import BabiLong, background, correct, own_story, scattered, stories, texts
+from infinicontext.evaluation.longbench import LongBench, classification, infinitebench_words, long_score, middle_cut
+from infinicontext.evaluation.lost_in_the_middle import (
+    Documents,
+    KeyValue,
+    best_subspan,
+    closed_book_prompt,
+    documents_prompt,
+    key_value_prompt,
+)
+from infinicontext.evaluation.needle import MagicNumber, Needle
+from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, first_number, landmark_prompt
+from infinicontext.evaluation.questions import Answers, Asking, Question, ask, evaluate_questions
+from infinicontext.inference.generate import Completion, Generation, generate
+from infinicontext.models.infini_attention import InfiniConfig
+from infinicontext.models.transformer import TransformerConfig
+
+
+def rows(golden, name):
+    return [json.loads(line) for line in (golden / "ruler" / name).read_text().splitlines()]
+
+
+@pytest.mark.golden
+def test_golden_prompts(golden):
+    seen = set()
+    for row in rows(golden, "prompts.jsonl"):
+        seen.add(row["kind"])
+        if row["kind"] == "kv":
+            others = [tuple(record) for record in row["records"] if record[0] != row["key"]]
+            at = row["gold_index"]
+            records = [*others[:at], (row["key"], row["value"]), *others[at:]]
+            assert key_value_prompt(records, row["key"]) == row["prompt"]
+            assert key_value_prompt(records, row["key"], query_aware=True) == row["prompt_query_aware"]
+        elif row["kind"] == "qa":
+            documents = [(document["title"], document["text"]) for document in row["documents"]]
+            assert documents_prompt(row["question"], documents) == row["prompt"]
+            assert documents_prompt(row["question"], documents, random_order=True) == row["prompt_random"]
+            assert documents_prompt(row["question"], documents, query_aware=True) == row["prompt_query_aware"]
+            assert closed_book_prompt(row["question"]) == row["prompt_closed"]
+        else:
+            assert landmark_prompt(random.Random(row["seed"]), row["n_garbage"]) == (row["prompt"], row["key"])
+    assert seen == {"kv", "qa", "passkey_landmark"}
+
+
+@pytest.mark.golden
+def test_golden_scores(golden):
+    seen = set()
+    for row in rows(golden, "other_metrics.jsonl"):
+        seen.add(row["metric"])
+        if row["metric"] == "babilong":
+            assert correct(row["task"], row["target"], row["output"], row["question"]) == row["correct"], row
+        elif row["metric"] == "best_subspan_em":
+            assert best_subspan(row["pred"], row["answers"]) == row["score"], row
+        elif row["metric"] == "passkey_exact":
+            assert first_number(row["pred"], row["key"]) == row["score"], row
+            assert first_number(row["pred"], row["key"], "number") == row["score_int"], row
+    assert {"babilong", "best_subspan_em", "passkey_exact"} <= seen
+
+
+@pytest.mark.golden
+def test_golden_babilong_prompts(golden):
+    found = json.loads((golden / "ruler" / "babilong_prompts.json").read_text())
+    assert texts()["prompts"] == found["prompts"]
+    assert texts()["labels"] == found["labels"]
+    assert texts()["template"] == found["template"]
+
+
+def test_whole_words():
+    assert not correct("qa7", "none", "There are none.", "How many?")
+    assert correct("qa7", "none", "There are none.", "How many?", "fixed")
+    assert not correct("qa6", "yes", "yes, not no", "Is it?")
+    assert correct("qa6", "yes", "yes, not at all", "Is it?", "fixed")
+    assert correct("qa8", "apple,milk", "The apple and the milk. Or football.", "What is he carrying?")
+
+
+def test_long_scores():
+    assert long_score("hotpotqa", "The  big, red house", ["a big house", "house"]) == pytest.approx(2 * 2 / 5)
+    assert long_score("passage_retrieval_en", "Paragraph 3 or Paragraph 7", ["Paragraph 7"]) == 0.5
+    assert long_score("passage_count", "there are 4, or 4, or 5", ["4"]) == pytest.approx(2 / 3)
+    assert long_score("lcc", "# a comment\nreturn x + 1\nreturn y", ["return x + 1"]) == 1
+    assert long_score("lcc", "return x + 2", ["return x + 1"]) == 0.92
+    assert long_score("triviaqa", "\nParis\nLondon", ["Paris"]) == 1
+    assert long_score("samsum", "the cat sat", ["the cat sat"]) == pytest.approx(1)
+    assert long_score("gov_report", " . ", ["report"]) == 0
+    assert long_score("trec", "Food", ["Food"], ["Food", "Color"]) == 1
+    assert long_score("trec", "Food and Color", ["Food"], ["Food", "Color"]) == 0.5
+    # "Number" and "code" are part of the gold label; the official loop removes the first and skips the one after it.
+    classes = ["Number", "code", "Number code"]
+    assert classification("Number code", "Number code", classes) == 0.5
+    assert classification("Number code", "Number code", classes, official=False) == 1
+    assert infinitebench_words('The value is: "a-b-c".', "a-b-c") == 1
+    assert infinitebench_words("a-b-cd", "a-b-c") == 0
+    assert middle_cut(np.arange(9), 5).tolist() == [0, 1, 6, 7, 8]
+
+
+TEXT = "The ferry left at noon with nine people on board. It was raining, and nobody spoke. " * 30
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """Every kind of question, small, and how an answer is read off a prompt."""
+    (tmp_path / "book.txt").write_text(TEXT)
+    source = str(tmp_path / "book.txt")
+    folder = tmp_path / "longbench"
+    folder.mkdir()
+    (folder / "hotpotqa.jsonl").write_text(
+        "".join(json.dumps({"input": f"who is {n}?", "context": f"{TEXT} {n} is N{n}.", "answers": [f"N{n}"]}) + "\n" for n in range(3))
+    )
+    (folder / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "{context}\n{input} Answer:"}))
+    (folder / "dataset2maxlen.json").write_text(json.dumps({"hotpotqa": 8}))
+    return {
+        "passkey_landmark": (LandmarkPasskey(), r"The pass key is (\d+)\. Remember"),
+        "passkey_beacon": (BeaconPasskey((0.0, 0.5, 1.0)), r"The pass key is (\d+)\. Remember"),
+        "needle": (Needle((0.0, 0.5, 1.0), source), r"\n\n(The best thing .*? day\.)"),
+        "magic_number": (MagicNumber((0.0, 0.5, 1.0), source, distractors=3), r"Singapore number is: (\d+)\.\n"),
+        "key_value": (KeyValue((5, 9)), r'Key: "([^"]*)"'),
+        "documents": (Documents((5, 10)), r"Question: who is (the \w+ of \w+)"),
+        "babilong": (BabiLong(books=source, splitter="regex"), None),
+        "longbench": (LongBench(str(folder), ("hotpotqa",)), r" is (N\d)\."),
+    }
+
+
+def look_up(task, pattern, text, question):
+    """The answer as one who reads the prompt finds it."""
+    if task == "babilong":  # told by the simulator; that the facts are there is another test
+        return question.answers[0]
+    found = re.findall(pattern, text)
+    if not found:
+        return ""
+    if task == "key_value":
+        return dict(re.findall(r'"([^"]*)": "([^"]*)"', text)).get(found[-1], "")
+    if task == "documents":
+        subject = found[-1].replace("the ", "")
+        named = re.search(rf"The {subject} is (\w+ \w+)\.", text)
+        return named.group(1) if named else ""
+    return found[0]
+
+
+def evaluated(monkeypatch, kind, answer, lengths=(1024, 1500), samples=3):
+    """The result with a model that is a function of prompts."""
+    asked = {}
+
+    def answers(model, prompts, options):
+        tokenizer = ByteTokenizer()
+        return [Completion(tokenizer.encode(answer(tokenizer.decode(prompt), asked[prompt.tobytes()])), "stop") for prompt in prompts]
+
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", answers)
+    for size in kind.sizes(list(lengths)):
+        asked |= {question.prompt_P.tobytes(): question for question in kind.questions(ByteTokenizer(), size, samples, 0)}
+    return evaluate_questions(None, ByteTokenizer(), "task", kind, Asking(samples), list(lengths), limit=None, segment=64, seed=0)
+
+
+@pytest.mark.parametrize(
+    "task", ["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
+)
+def test_who_reads_the_prompt_knows(kinds, monkeypatch, task):
+    kind, pattern = kinds[task]
+    found = evaluated(monkeypatch, kind, lambda text, question: look_up(task, pattern, text, question))
+    assert not found["skipped"]
+    for cell in found["cells"]:
+        # Without the documents nothing is known.
+        assert cell["score"] == (0 if cell["place"] == "closed book" else pytest.approx(1)), cell
+    assert all(entry["score"] == pytest.approx(1) for entry in found["by_size"])
+    silent = evaluated(monkeypatch, kind, lambda text, question: "")
+    assert {cell["score"] for cell in silent["cells"]} == {0}
+    assert found["prompts"] == silent["prompts"]
+    for entry in found["by_size"]:
+        assert 0 <= entry["chance"] < 0.5
+        if kind.size == "tokens" and task not in ("passkey_landmark", "babilong"):
+            assert entry["prompt_tokens"] <= entry["size"]
+
+
+@pytest.mark.parametrize("task", ["passkey_beacon", "needle", "magic_number"])
+def test_who_sees_only_the_end(kinds, monkeypatch, task):
+    """Scores are full exactly where the needle stands within the last 600 of 1,024 tokens."""
+    kind, pattern = kinds[task]
+    found = evaluated(monkeypatch, kind, lambda text, question: look_up(task, pattern, text[-600:], question), lengths=(1024,))
+    assert {cell["place"]: cell["score"] for cell in found["cells"]} == {0.0: 0, 0.5: pytest.approx(1), 1.0: pytest.approx(1)}
+
+
+@pytest.mark.parametrize("task", ["passkey_beacon", "needle", "magic_number", "longbench"])
+def test_lengths_are_exact(kinds, task):
+    kind, _ = kinds[task]
+    for size in (900, 1023):
+        lengths = {len(question.prompt_P) for question in kind.questions(ByteTokenizer(), size, 2, 0)}
+        assert lengths == {size - 8 if task == "longbench" else size}
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3"])
+def test_own_stories(task):
+    """Answers by the rules of the stories, told by their facts alone."""
+    for seed in range(200):
+        story = own_story(task, random.Random(seed))
+        where, holder, lies, been = {}, {}, {}, {}
+        for fact in story.facts:
+            person, *words = fact.rstrip(".").split()
+            thing = words[-1]
+            if words[0] == "dropped":
+                assert holder.pop(thing) == person
+                lies[thing] = where[person]
+            elif words[0] in ("took", "got", "grabbed", "picked"):
+                assert thing not in holder
+                assert lies.get(thing, where[person]) == where[person]
+                holder[thing] = person
+                been.setdefault(thing, [where[person]])
+            else:
+                where[person] = thing
+                for item, owner in holder.items():
+                    if owner == person:
+                        been[item].append(thing)
+        if task == "qa1":
+            assert story.answer == where[story.question[len("Where is ") : -1]]
+        elif task == "qa2":
+            assert story.answer == been[story.question[len("Where is the ") : -1]][-1]
+        else:
+            item, place = re.fullmatch(r"Where was the (\w+) before the (\w+)\?", story.question).groups()
+            assert [story.answer, place] == been[item][-2:]
+
+
+def test_babi_files(tmp_path):
+    lines = [
+        "1 Mary moved to the bathroom.",
+        "2 Where is Mary? \tbathroom\t1",
+        "3 John went to the hallway.",
+        "4 Where is John? \thallway\t3",
+        "1 Daniel went to the office.",
+        "2 Where is Daniel?\toffice\t1",
+    ]
+    found = stories(lines)
+    assert [story.answer for story in found] == ["bathroom", "hallway", "office"]
+    assert found[1].facts == ("Mary moved to the bathroom.", "John went to the hallway.")
+    assert found[2].facts == ("Daniel went to the office.",)
+    (tmp_path / "qa1_single-supporting-fact_test.txt").write_text("\n".join(lines))
+    (tmp_path / "book.txt").write_text(TEXT)
+    kind = BabiLong(("qa1",), str(tmp_path), str(tmp_path / "book.txt"), "regex")
+    questions = kind.questions(ByteTokenizer(), 900, 10, 0)
+    assert [question.answers[0] for question in questions] == ["bathroom", "hallway", "office"]
+    prompt = ByteTokenizer().decode(questions[1].prompt_P)
+    context = prompt.split("<context>")[1]
+    assert context.index("Mary moved to the bathroom.") < context.index("John went to the hallway.")
+    with pytest.raises(UserError, match=r"no qa2_\*_test.txt"):
+        BabiLong(("qa2",), str(tmp_path), str(tmp_path / "book.txt"), "regex").questions(ByteTokenizer(), 900, 1, 0)
+
+
+def test_background_has_its_budget():
+    encode, split = ByteTokenizer().encode, lambda text: re.split(r"(?<=[.!?])\s+", text)
+    for budget in (0, 1, 9, 500):
+        sentences = background(random.Random(1), [TEXT], budget, encode, split)
+        assert sum(map(len, sentences)) == budget
+    whole = scattered(random.Random(2), [encode(" A."), encode(" B.")], sentences)
+    assert len(whole) == 500 + 6
+    with pytest.raises(UserError, match="too few sentences"):
+        background(random.Random(1), ["a. b. c."], 100, encode, split)
+
+
+class Numbers:
+    """Token ids written as numbers."""
+
+    name, start_id, end_id, vocab_size = "numbers", None, None, 50
+    encode = staticmethod(lambda text: np.array(text.split(), np.int32))
+    decode = staticmethod(lambda ids: " ".join(map(str, np.asarray(ids).tolist())))
+    fingerprint = staticmethod(lambda: "numbers")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TransformerConfig(vocab_size=50, dim=16, layers=2, heads=2, remat=False),
+        InfiniConfig(vocab_size=50, dim=16, layers=2, heads=2, segment=8, remat=False),
+    ],
+    ids=["transformer", "infini"],
+)
+def test_questions_alone_in_batches_and_forced(config, tmp_path):
+    """A question's answer depends on nothing beside it; what a model would say is what it is forced to with no error."""
+    model = models.build(config, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 50, length).astype(np.int32) for length in (5, 30, 17, 30)]
+    said = [generate(model, [prompt], Generation(6))[0].tokens for prompt in prompts]
+    questions = [
+        Question(len(prompt), 0.5, index, prompt, ("",), Numbers.decode(tokens), 6)
+        for index, (prompt, tokens) in enumerate(zip(prompts, said))
+    ]
+    wrong = questions[1]._replace(index=9, continuation=Numbers.decode([*said[1][:5], (said[1][5] + 1) % 50]))
+    for batch_size in (1, 3):
+        kept = Answers(None, {})
+        assert ask(model, Numbers, questions, kept, mode="generate", batch_size=batch_size, segment=8) > 0
+        assert [kept.of(question).text for question in questions] == [Numbers.decode(tokens) for tokens in said]
+        forced = Answers(None, {})
+        ask(model, Numbers, [*questions, wrong], forced, mode="teacher_forced", batch_size=batch_size, segment=8)
+        assert [forced.of(question).right for question in questions] == [1] * 4
+        assert forced.of(wrong).right == pytest.approx(5 / 6)
+    assert ask(model, Numbers, questions, kept, mode="generate", batch_size=2, segment=8) is None
+
+
+def test_answers_are_kept(tmp_path):
+    path, question = tmp_path / "answers.jsonl", Question(8, "qa1", 0, np.arange(3, dtype=np.int32), ("x",), " x", 4)
+    from infinicontext.evaluation.questions import Answer
+
+    kept = Answers(path, {"step": 1})
+    kept.keep(question, Answer("yes", 0.5))
+    kept.keep(question._replace(index=1), Answer("no"))
+    with path.open("a") as file:
+        file.write('[[8, "qa1"')  # killed while it wrote
+    again = Answers(path, {"step": 1})
+    assert again.of(question) == Answer("yes", 0.5)
+    assert again.of(question._replace(index=1)) == Answer("no")
+    assert again.of(question._replace(prompt_P=np.arange(4, dtype=np.int32))) is None
+    assert Answers(path, {"step": 2}).of(question) is None
+
+
+EXPERIMENTS = """
+from infinicontext.data.pipeline import CorpusData
+from infinicontext.evaluation.babilong import BabiLong
+from infinicontext.evaluation.lost_in_the_middle import Documents, KeyValue
+from infinicontext.evaluation.needle import MagicNumber, Needle
+from infinicontext.evaluation.questions import Asking
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.experiment import Experiment
+from infinicontext.models.transformer import TransformerConfig
+
+def tiny():
+    model = TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=16, remat=False)
+    tasks = ("magic_number", "key_value", "documents", "babilong", "longbench")
+    kinds = {"magic_number": MagicNumber((0.0, 1.0), "texts.jsonl"), "key_value": KeyValue((2, 3)), "documents": Documents((2,))}
+    kinds |= {"babilong": BabiLong(("qa1",), books="texts.jsonl", splitter="regex")}
+    asking = Asking(2, 2, "teacher_forced", predictions=True)
+    evaluation = Evaluation(tasks=tasks, lengths=(512, 1024), segment=256, asking=asking, **kinds)
+    data = CorpusData("texts.jsonl", length=16, validation_fraction=0.5)
+    return Experiment("tiny", model, data, steps=1, batch_size=8, evaluation=evaluation)
+"""
+
+
+def test_command(tmp_path, monkeypatch):
+    """From training to the report, and a second time without asking anything again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} people went to {n + 1} towns."}) + "\n" for n in range(30)))
+
+    def run(*command):
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            cli.main(list(command))
+
+    run("train", "experiments.py:tiny", "--workdir", "run")
+    run("eval", "run")
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]
+    assert {cell["place"] for cell in found["documents"]["cells"]} == {0, 1, "oracle", "closed book"}
+    assert found["magic_number"]["mode"] == "teacher_forced"
+    assert [entry["size"] for entry in found["key_value"]["by_size"]] == [2, 3]
+    assert "no dataset2prompt.json" in found["longbench"]["skipped"][0]["reason"]
+    assert all("tokens" in row for row in found["babilong"]["predictions"])
+    monkeypatch.setattr("infinicontext.evaluation.questions._forced", None)  # would fail if it were called
+    run("eval", "run")
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]["documents"]["cells"] == found["documents"]["cells"]
+    run("compare", "run", "--output", "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "longbench at 512, 1,024 tokens" in page or "longbench at 512, 1024 tokens" in page
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert {"magic_number-map.png", "key_value-by-position-3.png", "documents-by-length.png", "babilong-map.png"} <= pictures
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Asking(samples=0), r"evaluation\.asking\.samples is 0"),
+        (lambda: Asking(mode="sample"), r"evaluation\.asking\.mode is sample; it must be one of generate, teacher_forced"),
+        (lambda: Needle(depths=(2.0,)), r"evaluation\.needle\.depths is \(2\.0,\)"),
+        (lambda: MagicNumber(distractors=9), r"evaluation\.magic_number\.distractors is 9; it must be from 0 to 6"),
+        (lambda: KeyValue(pairs=(1,)), r"evaluation\.key_value\.pairs is \(1,\)"),
+        (lambda: Documents(counts=()), r"evaluation\.documents\.counts is \(\)"),
+        (lambda: BabiLong(tasks=("qa4",)), r"evaluation\.babilong\.tasks has qa4"),
+        (lambda: LongBench(data_sets=("vcsum",)), r"evaluation\.longbench\.data_sets has vcsum"),
+        (
+            lambda: Documents(file="none.jsonl").questions(ByteTokenizer(), 5, 1, 0),
+            r"evaluation\.documents\.file none.jsonl cannot be read",
+        ),
+        (lambda: BeaconPasskey().questions(ByteTokenizer(), 100, 1, 0), "100 tokens do not hold description, key and question"),
+        (lambda: BabiLong(books="python").questions(ByteTokenizer(), 300, 1, 0), "300 tokens do not hold a prompt"),
+    ],
+)
+def test_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
