@@ -9,6 +9,7 @@ from infinicontext.data.books import BookData
 from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, PasskeyData
+from infinicontext.data.recall import RecallData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.models import MegalodonConfig, ModelConfig
@@ -27,7 +28,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    data: CorpusData | PasskeyData | InstructionData | BookData | ImageData
+    data: CorpusData | PasskeyData | InstructionData | BookData | ImageData | RecallData
     objective: NextToken | Selective = NextToken()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

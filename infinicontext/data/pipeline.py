@@ -27,6 +27,7 @@ from infinicontext.data.images import ImageData, Images, class_names, load_image
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
 from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
 from infinicontext.data.passkey import passkey_sample
+from infinicontext.data.recall import RecallData
 from infinicontext.data.reference import load_scores
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
@@ -34,7 +35,7 @@ from infinicontext.errors import UserError
 Batch = dict[str, np.ndarray]
 Order = Literal["shuffled", "sequential"]
 STEPS = 2**40  # more steps or rows than any run has
-TRAINING, VALIDATION = 0, 1  # passkey samples come from disjoint random streams
+TRAINING, VALIDATION = 0, 1  # samples that are drawn come from disjoint random streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +135,18 @@ class PasskeyData:
         return max(multiple, rows // multiple * multiple)
 
 
-Data = CorpusData | PasskeyData | InstructionData | BookData | ImageData
+Data = CorpusData | PasskeyData | InstructionData | BookData | ImageData | RecallData
 
 
 def tokenizer_of(data: Data) -> Tokenizer | None:
-    """The tokenizer; None for images, whose ids are gray levels and classes."""
-    return None if isinstance(data, ImageData) else load_tokenizer(data.tokenizer)
+    """The tokenizer; None for images, whose ids are gray levels and classes, and for recall, whose ids are no text."""
+    return None if isinstance(data, ImageData | RecallData) else load_tokenizer(data.tokenizer)
 
 
 def vocabulary_size(data: Data) -> int:
     """Every id is below it."""
+    if isinstance(data, RecallData):
+        return data.vocab_size
     return data.levels + len(class_names(data)) if isinstance(data, ImageData) else load_tokenizer(data.tokenizer).vocab_size
 
 
@@ -220,6 +223,9 @@ def train_batches(
             return _passkey_rows(data, tokenizer, data.stage_at(step), rows, (TRAINING, seed, step))
 
         batches = grain.MapDataset.range(STEPS).map(passkey_batch)
+    elif isinstance(data, RecallData):
+        rows = range(process_index, batch_size, process_count)
+        batches = grain.MapDataset.range(STEPS).map(lambda step: data.batch(rows, (TRAINING, seed, step)))
     elif isinstance(data, CorpusData) and data.order == "sequential":
         packed = _packed(data, tokenizer, "train", None)
 
@@ -250,7 +256,7 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
 
     A corpus, conversations, books and images give rows of their validation split, in an order drawn by `seed`; if there are too few, fewer
     batches, the last filled up with rows of padding, and without the copy task. The passkey task gives fresh samples of the last length, as
-    many rows as training has there.
+    many rows as training has there, and recall gives fresh examples.
 
     Raises:
       UserError: the tokenizer or the source is not usable, or the validation split is empty.
@@ -260,6 +266,8 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
         _check_lengths(data, tokenizer)
         rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
         return [_passkey_rows(data, tokenizer, len(data.lengths) - 1, rows, (VALIDATION, seed, i)) for i in range(count)]
+    if isinstance(data, RecallData):
+        return [data.batch(range(batch_size), (VALIDATION, seed, i)) for i in range(count)]
     packed = _packed(data, tokenizer, "validation", seed)
     padding = {name: np.zeros_like(value) for name, value in packed[0].items()}
     count = min(count, -(-len(packed) // batch_size))

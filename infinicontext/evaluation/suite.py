@@ -13,6 +13,7 @@ from infinicontext.data.corpora import load_corpus
 from infinicontext.data.images import ImageData, load_images
 from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import Data, PasskeyData, tokenizer_of
+from infinicontext.data.recall import RecallData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.babilong import BabiLong
@@ -23,6 +24,7 @@ from infinicontext.evaluation.passkey import PasskeyEvaluation, evaluate_passkey
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
 from infinicontext.evaluation.questions import Asking, evaluate_questions
+from infinicontext.evaluation.recall import RecallEvaluation, evaluate_recall
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.inference.norm_refresh import check_refresh
@@ -31,7 +33,7 @@ from infinicontext.models.streaming import Model, abstract_state_bytes
 # Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
 Questions = Literal["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
 # selection and categories are of selective language modelling (evaluation/selection.py).
-Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", Questions, "selection", "categories"]
+Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", "recall", Questions, "selection", "categories"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Evaluation:
     documents: Documents = Documents()
     babilong: BabiLong = BabiLong()
     longbench: LongBench = LongBench()
+    recall: RecallEvaluation = RecallEvaluation()
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
@@ -110,6 +113,8 @@ def evaluate(
         raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
     if isinstance(data, ImageData) != (evaluation.tasks == ("accuracy",)):
         raise UserError(f"evaluation.tasks is {evaluation.tasks}; images are evaluated by accuracy, and nothing else is")
+    if isinstance(data, RecallData) != (evaluation.tasks == ("recall",)):
+        raise UserError(f"evaluation.tasks is {evaluation.tasks}; RecallData is evaluated by recall, and nothing else is")
     if "summarisation" in evaluation.tasks and not isinstance(data, BookData):
         raise UserError(f"evaluation.tasks has summarisation, which needs BookData, but data is {type(data).__name__}")
     tokenizer = tokenizer_of(data)
@@ -146,6 +151,8 @@ def evaluate(
     readable = [length for length in lengths if length <= limit]
     if "passkey" in evaluation.tasks:
         tasks["passkey"] = evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **how)
+    if "recall" in evaluation.tasks:
+        tasks["recall"] = evaluate_recall(model, data, evaluation.recall, readable, **how)
     if "summarisation" in evaluation.tasks:
         tasks["summarisation"] = evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **how)
     if "ruler" in evaluation.tasks:
@@ -161,7 +168,7 @@ def evaluate(
         for length in lengths
         if length > limit
     ]
-    for name in tasks.keys() & {"passkey", "summarisation", "ruler"}:
+    for name in tasks.keys() & {"passkey", "summarisation", "ruler", "recall"}:
         tasks[name]["skipped"] += too_long
     return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}
 

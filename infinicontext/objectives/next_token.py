@@ -131,7 +131,7 @@ def row_losses(
 
     Args:
       model: any model.
-      batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1].
+      batch: tokens int32 [B, T + 1], segment_ids int32 [B, T + 1]; targets int32 [B, T], where they are not the tokens that follow.
       dropout_key: for models with dropout, in training; None: no dropout.
       state: what the model has read before; None: `fresh_state`.
       chunk: tokens per row whose logits exist at one time.
@@ -139,7 +139,7 @@ def row_losses(
     Returns:
       losses_BT, float32, and the state after the rows.
     """
-    tokens_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    tokens_BT, targets_BT = batch["tokens"][:, :-1], batch.get("targets", batch["tokens"][:, 1:])
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
     state = fresh_state(model, batch["segment_ids"][:, :-1]) if state is None else state
     hidden_BTD, state = model.hidden(tokens_BT, state, batch["segment_ids"][:, :-1], **dropout)

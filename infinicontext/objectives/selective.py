@@ -132,7 +132,7 @@ def reference_scores(objective: Selective, reference: Model, batch: dict[str, ja
       reference: any model with the same vocabulary.
       batch: tokens and segment_ids, int32 [B, T + 1].
     """
-    tokens_BT, targets_BT, segments_BS = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["segment_ids"]
+    tokens_BT, targets_BT, segments_BS = batch["tokens"][:, :-1], batch.get("targets", batch["tokens"][:, 1:]), batch["segment_ids"]
     hidden_BTD, _ = reference.hidden(tokens_BT, fresh_state(reference, segments_BS[:, :-1]), segments_BS[:, :-1])
     of = {
         "reference_loss": lambda: token_losses(reference, hidden_BTD, targets_BT, chunk=objective.chunk),

@@ -244,7 +244,7 @@ def check_ids(experiment: Experiment) -> None:
     size = pipeline.vocabulary_size(experiment.data)
     if experiment.model.vocab_size < size:
         source = getattr(experiment.data, "tokenizer", None)
-        has = f"data.tokenizer {source} has {size} tokens" if source else f"gray levels and classes of data are {size}"
+        has = f"data.tokenizer {source} has {size} tokens" if source else f"the ids of data are {size}"
         raise UserError(f"model.vocab_size is {experiment.model.vocab_size}, but {has}")
 
 

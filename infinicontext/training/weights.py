@@ -22,6 +22,7 @@ from infinicontext.data.books import BookData
 from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData, start_and_end
 from infinicontext.data.pipeline import CorpusData
+from infinicontext.data.recall import RecallData
 from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
@@ -113,8 +114,8 @@ def merged(model: Model) -> Model:
 
 
 def _own_tokenizer(experiment: Experiment) -> Tokenizer | None:
-    """A run's tokenizer; None for images and for a converted run that came without one."""
-    if isinstance(experiment.data, ImageData):
+    """A run's tokenizer; None for images, for recall, and for a converted run that came without one."""
+    if isinstance(experiment.data, ImageData | RecallData):
         return None
     path = pathlib.Path(experiment.data.tokenizer)
     return None if path.name == KEPT and path.is_dir() and not (path / "tokenizer.json").exists() else load_tokenizer(str(path))
