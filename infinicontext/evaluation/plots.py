@@ -1,12 +1,10 @@
 """The pictures of a comparison: loss, gates, perplexity, passkey, summaries, state size and speed of several runs side by side.
 
 `draw` makes every picture that there is data for. Losses and perplexities are drawn together only for runs that read the same
-data in the same tokens. A run has one colour and one marker in all pictures. Figures are six inches wide, so that their letters
-can still be read on a telephone; what has several panels stacks them.
+data in the same tokens.
 """
 
 import itertools
-import math
 import textwrap
 from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple
@@ -14,40 +12,32 @@ from typing import BinaryIO, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from infinicontext.evaluation.drawing import (
+    ACCURACY,
+    COLORS,
+    GATES,
+    GRAY,
+    MARKERS,
+    STYLE,
+    finite,
+    heat_maps,
+    legend_below,
+    lines_over_lengths,
+    log_axis,
+    run_style,
+    stacked_axes,
+    with_interval,
+    with_points,
+)
 from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
 from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
 from infinicontext.evaluation.runs import Run
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C3E")  # Okabe and Ito's, and a brown
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # nine beside eight colours: a pair comes again after 72 runs
-LINES = ("-", "--", "-.")
-GRAY = "#6b7280"
-ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#F0496E", "#EBB839", "#0CD79F"]).with_extremes(bad="#d1d5db")
-GATES = LinearSegmentedColormap.from_list("gates", ["#56B4E9", "#f3f4f6", "#E69F00"])
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "figure.facecolor": "white",
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.07,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6,
-    "savefig.dpi": 160,
-    "text.parse_math": False,  # a run may have dollar signs in its name
-}
+PERPLEXITIES = {"perplexity": ("Perplexity", "context length"), "document_perplexity": ("Perplexity of documents", "length read")}
 
 
 class Plot(NamedTuple):
@@ -80,9 +70,10 @@ def draw(runs: list[Run]) -> list[Plot]:
         found = [_loss(group, data) for data, group in by_group(runs, lambda run: run.data).items()]
         gated = [run for run in runs if run.gates]
         found += [_gates(gated[start : start + 6]) for start in range(0, len(gated), 6)]
-        corpora = by_group([run for run in runs if run.task("perplexity")], _corpus).items()
-        found += [_perplexity_by_length(group, corpus) for corpus, group in corpora]
-        found += [_perplexity_by_position(group, corpus) for corpus, group in corpora]
+        for task in PERPLEXITIES:
+            corpora = by_group([run for run in runs if run.task(task)], lambda run, task=task: _corpus(run, task)).items()
+            found += [_perplexity_by_length(group, corpus, task) for corpus, group in corpora]
+            found += [_perplexity_by_position(group, corpus, task) for corpus, group in corpora]
         mapped = [run for run in runs if run.task("passkey").get("cells")]
         summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
@@ -114,90 +105,16 @@ def write_png(figure: Figure, target: BinaryIO) -> None:
         figure.savefig(target, format="png")
 
 
-def _corpus(run: Run) -> str:
-    results = run.task("perplexity")
+def _corpus(run: Run, task: str) -> str:
+    results = run.task(task)
     tokenizer = results.get("tokenizer")
     return results.get("corpus", "unnamed corpus") + (f" ({tokenizer})" if tokenizer else "")
-
-
-def _finite(points: Iterable[tuple]) -> list[tuple]:
-    return [point for point in points if all(x is not None and math.isfinite(x) for x in point)]
-
-
-def _look(run: Run) -> dict:
-    line = LINES[run.number // len(COLORS) % len(LINES)]
-    return {"color": COLORS[run.number % len(COLORS)], "marker": MARKERS[run.number % len(MARKERS)], "linestyle": line}
-
-
-def _panels(heights: list[float]) -> tuple[Figure, list[Axes]]:
-    """Axes one above the other, with heights in inches that include titles and labels."""
-    figure = Figure(figsize=(6, sum(heights)), layout="constrained")
-    return figure, list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
-
-
-def _legend(figure: Figure, runs: list[Run], others: list[Line2D]) -> None:
-    """Below the axes. The figure grows by the height of the legend, so the axes keep theirs."""
-    handles = [Line2D([], [], label=run.name, **_look(run)) for run in runs] + others
-    labels = [textwrap.fill(str(handle.get_label()), 60) for handle in handles]
-    widest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = min(3 if widest <= 16 else 2 if widest <= 28 else 1, len(handles))
-    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
-    figure.set_size_inches(6, figure.get_figheight() + 0.2 + 0.21 * lines)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _by_length(lines: list[tuple[Run, list[tuple]]], title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """Lines over a log2 axis of lengths, a dotted line at each training length.
-
-    Each run comes with points (length, value) or, with error bars, (length, value, low, high). The runs stand a little apart, so
-    that equal values do not hide each other.
-    """
-    figure, (axes,) = _panels([3.6])
-    for place, (run, points) in enumerate(lines):
-        x, y, *interval = np.array(points).T
-        aside = 2 ** (min(0.07, 0.24 / len(lines)) * (place - (len(lines) - 1) / 2))
-        error = np.maximum([y - interval[0], interval[1] - y], 0) if interval else None
-        axes.errorbar(x * aside, y, error, capsize=3, elinewidth=1.2, **_look(run))
-    runs = [run for run, _ in lines]
-    trained = sorted({run.train_length for run in runs if run.train_length})
-    lengths = trained + [length for _, points in lines for length, *_ in points]
-    powers = range(math.floor(math.log2(min(lengths))), math.ceil(math.log2(max(lengths))) + 1)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(lengths) / 1.4, max(lengths) * 1.4)
-    axes.xaxis.set_major_locator(FixedLocator([2**power for power in powers[:: math.ceil(len(powers) / 9)]]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_label(round(x))))
-    axes.set(title=textwrap.fill(title, 60), xlabel=x_label, ylabel=y_label)
-    for length in trained:
-        axes.axvline(length, color=GRAY, linestyle=":", linewidth=1.5, zorder=1)
-    label = f"trained on {', '.join(map(length_label, trained))} tokens"
-    _legend(figure, runs, [Line2D([], [], color=GRAY, linestyle=":", linewidth=1.5, label=label)] if trained else [])
-    return figure, axes
-
-
-def _log_axis(axes: Axes, low: float, high: float, base: int, label: Callable[[float], str]) -> None:
-    """A log y axis with readable numbers, also where it spans less than a decade."""
-    decades = math.log10(high / low)
-    steps = (1,) if base == 2 or decades > 2.5 else (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 4, 5, 7)
-    axes.set_yscale("log", base=base)
-    axes.yaxis.set_major_locator(LogLocator(base, steps, numticks=9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _perplexity_axis(axes: Axes, lines: list[tuple[Run, list[tuple]]]) -> None:
     values = [value for _, points in lines for _, *values in points for value in values]
     if max(values) > 4 * min(values):
-        _log_axis(axes, min(values), max(values), 10, lambda y: f"{y:.3g}")
-
-
-def _with_interval(entry: dict, key: str) -> tuple:
-    """(length, value, low, high); without an interval the bar has no height."""
-    return entry["length"], entry[key], *(entry.get("interval") or (entry[key],) * 2)
-
-
-def _with_points(pairs: Iterable[tuple[Run, list[tuple]]]) -> list[tuple[Run, list[tuple]]]:
-    return [(run, points) for run, points in pairs if points]
+        log_axis(axes, min(values), max(values), 10, lambda y: f"{y:.3g}")
 
 
 def _loss(runs: list[Run], data: str) -> Plot | None:
@@ -205,18 +122,18 @@ def _loss(runs: list[Run], data: str) -> Plot | None:
     if not runs:
         return None
     title = f"Loss: {data.partition(' ')[2] or data}"
-    figure, (axes,) = _panels([3.7])
+    figure, (axes,) = stacked_axes([3.7])
     shown: list[float] = []
     for run in runs:
-        look = _look(run)
-        if points := _finite((line["step"], line["loss"]) for line in run.training):
+        look = run_style(run)
+        if points := finite((line["step"], line["loss"]) for line in run.training):
             step, loss = np.array(points).T
             window = np.ones(1 + len(loss) // 30)
             smooth = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
             axes.plot(step, loss, color=look["color"], linewidth=0.7, alpha=0.3)
             axes.plot(step, smooth, color=look["color"], linestyle=look["linestyle"])
             shown.extend(smooth)
-        if points := _finite((line["step"], line["validation_loss"]) for line in run.validation):
+        if points := finite((line["step"], line["validation_loss"]) for line in run.validation):
             axes.plot(*np.array(points).T, **look | {"linestyle": ""}, markeredgecolor="white", markersize=8)
             shown.extend(loss for _, loss in points)
     others = []
@@ -230,65 +147,47 @@ def _loss(runs: list[Run], data: str) -> Plot | None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set(title=textwrap.fill(title, 60), xlabel="training step", ylabel="loss (nats per token)")
-    _legend(figure, runs, others)
+    legend_below(figure, runs, others)
     note = "Lines: training loss, a moving average over the single batches (thin). Markers: validation loss."
     return Plot("loss", title, note, None, runs, figure)
 
 
-def _perplexity_by_length(runs: list[Run], corpus: str) -> Plot | None:
-    entries = {run.name: run.task("perplexity").get("by_length", []) for run in runs}
-    nlls = ((run, _finite(_with_interval(entry, "nll") for entry in entries[run.name])) for run in runs)
-    lines = _with_points((run, _finite((length, *map(perplexity, nll)) for length, *nll in points)) for run, points in nlls)
+def _perplexity_by_length(runs: list[Run], corpus: str, task: str) -> Plot | None:
+    entries = {run.name: run.task(task).get("by_length", []) for run in runs}
+    nlls = ((run, finite(with_interval(entry, "nll") for entry in entries[run.name])) for run in runs)
+    lines = with_points((run, finite((length, *map(perplexity, nll)) for length, *nll in points)) for run, points in nlls)
     if not lines:
         return None
-    title = f"Perplexity by context length: {corpus}"
-    figure, axes = _by_length(lines, title, "context length (tokens)", "perplexity per token")
+    name, what = PERPLEXITIES[task]
+    title = f"{name} by {what}: {corpus}"
+    figure, axes = lines_over_lengths(lines, title, f"{what} (tokens)", "perplexity per token")
     _perplexity_axis(axes, lines)
     note = "Lower is better. Bars: 95% interval over documents."
-    return Plot("perplexity-by-length", title, note, "perplexity", runs, figure)
+    return Plot(f"{task.replace('_', '-')}-by-length", title, note, task, runs, figure)
 
 
-def _perplexity_by_position(runs: list[Run], corpus: str) -> Plot | None:
+def _perplexity_by_position(runs: list[Run], corpus: str, task: str) -> Plot | None:
     def points(run: Run) -> list[tuple]:
-        bins = _finite((entry["from"], entry["to"], entry["nll"]) for entry in run.task("perplexity").get("by_position", []))
+        bins = finite((entry["from"], entry["to"], entry["nll"]) for entry in run.task(task).get("by_position", []))
         # What remains of the last range may be a single position: too few tokens to draw as a mean.
         if len(bins) > 1 and 2 * (bins[-1][1] - bins[-1][0]) < bins[-2][1] - bins[-2][0]:
             bins.pop()
-        return _finite(((start + end) / 2, perplexity(nll)) for start, end, nll in bins)
+        return finite(((start + end) / 2, perplexity(nll)) for start, end, nll in bins)
 
-    lines = _with_points((run, points(run)) for run in runs)
+    lines = with_points((run, points(run)) for run in runs)
     if not lines:
         return None
-    title = f"Perplexity by position: {corpus}"
-    figure, axes = _by_length(lines, title, "position in the document (tokens)", "perplexity per token")
+    title = f"{PERPLEXITIES[task][0]} by position: {corpus}"
+    figure, axes = lines_over_lengths(lines, title, "position in the document (tokens)", "perplexity per token")
     _perplexity_axis(axes, lines)
     note = "Lower is better. Each point is the mean over a range of positions; a model that uses its context falls from left to right."
-    return Plot("perplexity-by-position", title, note, "perplexity", runs, figure)
-
-
-def _heat_maps(runs: list[Run], grids: list[np.ndarray], colors: Colormap, meaning: str, title: str) -> tuple[Figure, list[Axes]]:
-    """A map of shares for each run, one above the other, with numbers in % where there is room, and a bar that explains the colors."""
-    names = [textwrap.fill(run.name, 60) for run in runs]
-    heights = [0.6 + 0.2 * name.count("\n") + min(0.27 * max(len(grid), 2), 6) for name, grid in zip(names, grids)]
-    figure, (*panels, below) = _panels([*heights, 0.2])
-    figure.set_size_inches(6, sum(heights) + 1.6)
-    for name, grid, axes in zip(names, grids, panels):
-        picture = axes.imshow(grid, cmap=colors, vmin=0, vmax=1, aspect="auto")
-        for (row, column), share in np.ndenumerate(grid):
-            if np.isfinite(share) and max(grid.shape) <= 16:
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=10)
-        axes.grid(False)
-        axes.set_title(name, fontsize=11)
-    bar = figure.colorbar(picture, cax=below, orientation="horizontal", label=meaning)
-    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
-    return figure, panels
+    return Plot(f"{task.replace('_', '-')}-by-position", title, note, task, runs, figure)
 
 
 def _gates(runs: list[Run]) -> Plot:
     title = "Share of the memory in each head"
     grids = [np.array(run.gates[-1]["gates"]) for run in runs]
-    figure, panels = _heat_maps(runs, grids, GATES, "share of the memory, the rest is local attention (%)", title)
+    figure, panels = heat_maps(runs, grids, GATES, "share of the memory, the rest is local attention (%)", title)
     for run, axes in zip(runs, panels):
         axes.set_title(axes.get_title(loc="left") + f", step {run.gates[-1]['step']:,}", fontsize=11)
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
@@ -309,7 +208,7 @@ def _passkey_map(runs: list[Run]) -> Plot:
         for cell in run.task("passkey")["cells"]:
             grids[-1][depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]  # None becomes nan
     title = "Passkey retrieval by length and depth"
-    figure, panels = _heat_maps(runs, grids, ACCURACY, "exact answers (%)", title)
+    figure, panels = heat_maps(runs, grids, ACCURACY, "exact answers (%)", title)
     for run, axes in zip(runs, panels):
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
         axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
@@ -325,11 +224,11 @@ def _passkey_map(runs: list[Run]) -> Plot:
 
 
 def _passkey_by_length(runs: list[Run]) -> Plot | None:
-    lines = _with_points((run, _finite(_with_interval(e, "exact") for e in run.task("passkey").get("by_length", []))) for run in runs)
+    lines = with_points((run, finite(with_interval(e, "exact") for e in run.task("passkey").get("by_length", []))) for run in runs)
     if not lines:
         return None
     title = "Passkey retrieval by context length"
-    figure, axes = _by_length(lines, title, "context length (tokens)", "exact answers (%)")
+    figure, axes = lines_over_lengths(lines, title, "context length (tokens)", "exact answers (%)")
     axes.set_ylim(-0.04, 1.04)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
     note = "Mean over all depths. Bars: 95% interval."
@@ -348,7 +247,7 @@ def _ruler_map(runs: list[Run]) -> Plot:
             for task, result in tasks.items():
                 grids[-1][names.index(task), lengths.index(length)] = result["score"] / 100
     title = "RULER by task and length"
-    figure, panels = _heat_maps(runs, grids, ACCURACY, "recall of the references (%)", title)
+    figure, panels = heat_maps(runs, grids, ACCURACY, "recall of the references (%)", title)
     for axes in panels:
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
@@ -359,11 +258,11 @@ def _ruler_map(runs: list[Run]) -> Plot:
 def _ruler_by_length(runs: list[Run]) -> Plot | None:
     mean = lambda tasks: sum(result["score"] for result in tasks.values()) / len(tasks)
     points = lambda run: [(entry["length"], mean(entry["tasks"])) for entry in run.task("ruler").get("by_length", []) if entry["tasks"]]
-    lines = _with_points((run, points(run)) for run in runs)
+    lines = with_points((run, points(run)) for run in runs)
     if not lines:
         return None
     title = "RULER by length"
-    figure, axes = _by_length(lines, title, "length (tokens)", "mean over tasks (%)")
+    figure, axes = lines_over_lengths(lines, title, "length (tokens)", "mean over tasks (%)")
     axes.set_ylim(-4, 104)
     counts = sorted({len(entry["tasks"]) for run, _ in lines for entry in run.task("ruler")["by_length"] if entry["tasks"]})
     note = f"Mean over {' or '.join(map(str, counts))} of the {len(RULER_TASKS)} tasks."
@@ -384,7 +283,7 @@ def _question_map(runs: list[Run], task: str) -> Plot:
             grids[-1][rows.index(cell["place"]), sizes.index(cell["size"])] = cell["score"]
     about = runs[0].task(task)
     title = f"{QUESTION_TITLES[task]} by {about['size']} and {about['place']}"
-    figure, panels = _heat_maps(runs, grids, ACCURACY, "score (%)", title)
+    figure, panels = heat_maps(runs, grids, ACCURACY, "score (%)", title)
     label = length_label if about["size"] == "tokens" else str
     percent = about["place"] == "depth"
     for axes in panels:
@@ -396,13 +295,13 @@ def _question_map(runs: list[Run], task: str) -> Plot:
 
 
 def _questions_by_size(runs: list[Run], task: str) -> Plot | None:
-    lines = _with_points(
+    lines = with_points(
         (run, [(e["prompt_tokens"], *(100 * x for x in (e["score"], *e["interval"]))) for e in run.task(task)["by_size"]]) for run in runs
     )
     if not lines:
         return None
     title = f"{QUESTION_TITLES[task]} by length"
-    figure, axes = _by_length(lines, title, "length of the prompts (tokens)", "score (%)")
+    figure, axes = lines_over_lengths(lines, title, "length of the prompts (tokens)", "score (%)")
     axes.set_ylim(-4, 104)
     chances = [entry["chance"] for run, _ in lines for entry in run.task(task)["by_size"]]
     note = f"Mean over all places. Bars: 95% interval. Who guesses has {100 * min(chances):.2g}"
@@ -416,25 +315,25 @@ def _questions_by_position(runs: list[Run], task: str) -> list[Plot]:
         return []
     plots = []
     for size in sorted({cell["size"] for run in runs for cell in run.task(task)["cells"]}):
-        figure, (axes,) = _panels([3.7])
+        figure, (axes,) = stacked_axes([3.7])
         others = []
         for run in runs:
             cells = [cell for cell in run.task(task)["cells"] if cell["size"] == size]
             points = sorted((c["place"], c["score"], *c["interval"]) for c in cells if not isinstance(c["place"], str))
             if points:
                 x, y, low, high = np.array(points).T
-                axes.errorbar(x, 100 * y, 100 * np.maximum([y - low, high - y], 0), capsize=3, elinewidth=1.2, **_look(run))
+                axes.errorbar(x, 100 * y, 100 * np.maximum([y - low, high - y], 0), capsize=3, elinewidth=1.2, **run_style(run))
             for cell in cells:
                 if isinstance(cell["place"], str):
                     dashes = (0, (6, 3)) if cell["place"] == "oracle" else (0, (2, 2))
-                    axes.axhline(100 * cell["score"], color=_look(run)["color"], linestyle=dashes, linewidth=1.2)
+                    axes.axhline(100 * cell["score"], color=run_style(run)["color"], linestyle=dashes, linewidth=1.2)
                     label = f"{run.name}, {cell['place']}"
-                    others.append(Line2D([], [], color=_look(run)["color"], linestyle=dashes, linewidth=1.2, label=label))
+                    others.append(Line2D([], [], color=run_style(run)["color"], linestyle=dashes, linewidth=1.2, label=label))
         about = runs[0].task(task)
         title = f"{QUESTION_TITLES[task]}: {size} {about['size']}"
         axes.set(title=textwrap.fill(title, 60), xlabel="position of what is asked for", ylabel="score (%)", ylim=(-4, 104))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _legend(figure, runs, others)
+        legend_below(figure, runs, others)
         plots.append(Plot(f"{task}-by-position-{size}", title, "Bars: 95% interval.", task, runs, figure))
     return plots
 
@@ -444,12 +343,12 @@ def _books(run: Run) -> str:
 
 
 def _summaries(runs: list[Run], source: str) -> Plot | None:
-    entries = ((run, _finite(_with_interval(entry, "overall") for entry in run.task("summarisation")["by_length"])) for run in runs)
-    lines = _with_points((run, [(length, *(100 * score for score in scores)) for length, *scores in points]) for run, points in entries)
+    entries = ((run, finite(with_interval(entry, "overall") for entry in run.task("summarisation")["by_length"])) for run in runs)
+    lines = with_points((run, [(length, *(100 * score for score in scores)) for length, *scores in points]) for run, points in entries)
     if not lines:
         return None
     title = f"Summaries by input length: {source}"
-    figure, axes = _by_length(lines, title, "input length (tokens)", "overall ROUGE")
+    figure, axes = lines_over_lengths(lines, title, "input length (tokens)", "overall ROUGE")
     axes.set_ylim(bottom=0)
     note = "Higher is better: more of the book was read. Overall: the cube root of ROUGE-1 x ROUGE-2 x ROUGE-L, in %. Bars: 95% interval."
     return Plot("summaries-by-length", title, note, "summarisation", [run for run, _ in lines], figure)
@@ -459,7 +358,7 @@ def _categories(run: Run) -> Plot:
     """The mean losses of the four kinds of tokens, from checkpoint to checkpoint."""
     found = run.task("categories")
     title = f"What became of tokens: {run.name}"
-    figure, (axes,) = _panels([3.7])
+    figure, (axes,) = stacked_axes([3.7])
     for number, (kind, losses) in enumerate(found["losses"].items()):
         if losses:
             label = f"{kind}, {100 * found['shares'][kind]:.0f}% of tokens"
@@ -470,13 +369,13 @@ def _categories(run: Run) -> Plot:
 
 
 def _state_bytes(runs: list[Run]) -> Plot | None:
-    lines = _with_points((run, sorted((int(n), size) for n, size in run.eval.get("state_bytes", {}).items() if size)) for run in runs)
+    lines = with_points((run, sorted((int(n), size) for n, size in run.eval.get("state_bytes", {}).items() if size)) for run in runs)
     if not lines:
         return None
     title = "State by length"
-    figure, axes = _by_length(lines, title, "tokens read", "state of one sequence (bytes)")
+    figure, axes = lines_over_lengths(lines, title, "tokens read", "state of one sequence (bytes)")
     sizes = [size for _, points in lines for _, size in points]
-    _log_axis(axes, min(sizes), max(sizes), 2, bytes_label)
+    log_axis(axes, min(sizes), max(sizes), 2, bytes_label)
     axes.set_ylim(min(sizes) / 2, max(sizes) * 2)
     note = "What a model keeps of all it has read: level for a memory of constant size, rising with the length for full attention."
     return Plot("state-bytes", title, note, None, runs, figure)
@@ -488,8 +387,8 @@ def _train_speed(runs: list[Run]) -> Plot | None:
         return None
     title = "Speed in training"
     names = [textwrap.fill(run.name, 24) for run, _ in speeds]
-    figure, (axes,) = _panels([1.1 + sum(0.16 + 0.18 * (name.count("\n") + 1) for name in names)])
-    bars = axes.barh(range(len(names)), [speed for _, speed in speeds], color=[_look(run)["color"] for run, _ in speeds], height=0.65)
+    figure, (axes,) = stacked_axes([1.1 + sum(0.16 + 0.18 * (name.count("\n") + 1) for name in names)])
+    bars = axes.barh(range(len(names)), [speed for _, speed in speeds], color=[run_style(run)["color"] for run, _ in speeds], height=0.65)
     axes.bar_label(bars, [count_label(speed) for _, speed in speeds], padding=4)
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.invert_yaxis()
@@ -503,11 +402,11 @@ def _train_speed(runs: list[Run]) -> Plot | None:
 
 def _evaluation_speed(runs: list[Run], task: str) -> Plot | None:
     entries = {run.name: run.task(task).get("by_length", []) for run in runs}
-    lines = _with_points((run, _finite((e["length"], e.get("tokens_per_second")) for e in entries[run.name])) for run in runs)
+    lines = with_points((run, finite((e["length"], e.get("tokens_per_second")) for e in entries[run.name])) for run in runs)
     if not lines:
         return None
     title = f"Speed in evaluation: {task}"
-    figure, axes = _by_length(lines, title, "context length (tokens)", "tokens per second")
+    figure, axes = lines_over_lengths(lines, title, "context length (tokens)", "tokens per second")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count_label(y)))
     return Plot(f"evaluation-speed-{task}", title, "Tokens per second of the whole evaluation.", None, runs, figure)

@@ -334,7 +334,7 @@ def _skipped(runs: list[Run]) -> list[str]:
     """One line for each run, task and reason, with the lengths to which it applies."""
     lengths: dict[tuple[str, str, str], dict[str, None]] = {}
     for run in runs:
-        for task in ("perplexity", "passkey", "summarisation", "ruler", *QUESTION_TITLES):
+        for task in ("perplexity", "passkey", "document_perplexity", "summarisation", "ruler", *QUESTION_TITLES):
             found = run.task(task)
             for entry in found.get("skipped", []):
                 key = run.name, f"{task} {entry['task']}" if "task" in entry else task, entry.get("reason", "no reason given")

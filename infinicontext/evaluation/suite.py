@@ -12,11 +12,12 @@ from infinicontext.data.books import BookData
 from infinicontext.data.corpora import load_corpus
 from infinicontext.data.images import ImageData, load_images
 from infinicontext.data.instructions import InstructionData
-from infinicontext.data.pipeline import Data, PasskeyData, tokenizer_of
+from infinicontext.data.pipeline import CorpusData, Data, PasskeyData, tokenizer_of
 from infinicontext.data.recall import RecallData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.babilong import BabiLong
+from infinicontext.evaluation.document_perplexity import DocumentPerplexityEvaluation, evaluate_document_perplexity
 from infinicontext.evaluation.longbench import LongBench
 from infinicontext.evaluation.lost_in_the_middle import Documents, KeyValue
 from infinicontext.evaluation.needle import MagicNumber, Needle
@@ -33,7 +34,9 @@ from infinicontext.models.streaming import Model, abstract_state_bytes
 # Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
 Questions = Literal["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
 # selection and categories are of selective language modelling (evaluation/selection.py).
-Task = Literal["perplexity", "passkey", "accuracy", "summarisation", "ruler", "recall", Questions, "selection", "categories"]
+Task = Literal[
+    "perplexity", "document_perplexity", "passkey", "accuracy", "summarisation", "ruler", "recall", Questions, "selection", "categories"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Evaluation:
     norm_refresh: tuple[int, int, int] | None = None  # perplexity as official MEGALODON scores, 8 6 2 (inference/norm_refresh.py)
     seed: int = 0
     perplexity: PerplexityEvaluation = PerplexityEvaluation()
+    document_perplexity: DocumentPerplexityEvaluation = DocumentPerplexityEvaluation()
     passkey: PasskeyEvaluation = PasskeyEvaluation()
     summarisation: SummarisationEvaluation = SummarisationEvaluation()
     ruler: RulerEvaluation = RulerEvaluation()
@@ -143,6 +147,14 @@ def evaluate(
             segment=evaluation.segment,
             norm_refresh=evaluation.norm_refresh,
             say=say,
+        )
+    if "document_perplexity" in evaluation.tasks:
+        if not isinstance(data, CorpusData):
+            raise UserError(f"evaluation.tasks has document_perplexity, which needs CorpusData, but data is {type(data).__name__}")
+        held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
+        names = {"corpus": data.source, "tokenizer": data.tokenizer}
+        tasks["document_perplexity"] = names | evaluate_document_perplexity(
+            model, held_out, tokenizer, evaluation.document_perplexity, lengths, limit=limit, segment=evaluation.segment, say=say
         )
     if "accuracy" in evaluation.tasks:
         tasks["accuracy"] = evaluate_accuracy(model, load_images(data, "validation"))
