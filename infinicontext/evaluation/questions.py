@@ -1,6 +1,6 @@
 """Questions to a model and its answers: asked in batches through the stream, scored by kind, kept in a file so that nothing is asked twice.
 
-Shape letters: P tokens of a prompt, B questions of a batch, A tokens of an answer, D channels.
+Shape letters: P tokens of a prompt, A of an answer.
 """
 
 import dataclasses
@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.intervals import mean_with_interval
-from infinicontext.inference.generate import Generation, generate, read_prompts
+from infinicontext.inference.generate import Generation, generate
+from infinicontext.inference.score import score
 from infinicontext.models.streaming import Model
 
 # generate: greedy decoding, scored as text. teacher_forced: the right answer is read, and each of its tokens must be the likeliest.
@@ -187,23 +186,9 @@ def _batches(questions: list[Question], batch_size: int) -> Iterator[list[Questi
 def _forced(model: Model, tokenizer: Tokenizer, questions: list[Question], segment: int) -> list[Answer]:
     """The likeliest tokens where the right ones are read."""
     right = [tokenizer.encode(question.continuation) for question in questions]
-    A, B = max(map(len, right)), len(questions)
-    prompts = [question.prompt_P for question in questions]
-    planned_B = np.array([len(prompt) + len(answer) for prompt, answer in zip(prompts, right)], np.int32)
-    state = read_prompts(model, [prompt[:-1] for prompt in prompts], int(planned_B.max()) + A, planned_B, segment)
-    inputs_BA, present_BA = np.zeros((2, B, A), np.int32)
-    for inputs_A, present_A, prompt, answer in zip(inputs_BA, present_BA, prompts, right):
-        inputs_A[: len(answer)] = [prompt[-1], *answer[:-1]]
-        present_A[: len(answer)] = 1
-    likeliest_BA = np.asarray(_likeliest(model, inputs_BA, present_BA, state))
-    rows = [row_A[: len(answer)] for row_A, answer in zip(likeliest_BA, right)]
-    return [Answer(tokenizer.decode(row), float(np.mean(row == answer))) for row, answer in zip(rows, right)]
-
-
-@jax.jit
-def _likeliest(model: Model, tokens_BA: jax.Array, present_BA: jax.Array, state) -> jax.Array:
-    hidden_BAD, _ = model.hidden(tokens_BA, state, present_BA)
-    return jnp.argmax(model.logits(hidden_BAD), axis=-1)
+    found = score(model, [question.prompt_P for question in questions], right, segment=segment)
+    said = [scored.likeliest_A for scored in found]
+    return [Answer(tokenizer.decode(said_A), float(np.mean(said_A == right_A))) for said_A, right_A in zip(said, right)]
 
 
 def evaluate_questions(
