@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from infinicontext.cli import main, parse_length
+from infinicontext.cli import main
+from infinicontext.commands import parse_length
 
 EXPERIMENTS = '''
 import dataclasses

@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from infinicontext import models, pretrained
-from infinicontext.cli import all_on_tensor, main
+from infinicontext.cli import main
+from infinicontext.commands import all_on_tensor
 from infinicontext.data.tokenizers import word_tokenizer
 from infinicontext.models import FamConfig, MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infinicontext import models, pretrained
-from infinicontext.cli import all_on_tensor, main
+from infinicontext.cli import main
+from infinicontext.commands import all_on_tensor
 from infinicontext.data.instructions import TEMPLATES, Conversations, InstructionData, conversations, load_conversations, pieces
 from infinicontext.data.packing import WholeRows, best_fit
 from infinicontext.data.pipeline import fingerprint, train_batches, validation_batches
