@@ -33,6 +33,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import Splitter
 from infinicontext.evaluation.ruler.tasks import TASKS
 from infinicontext.evaluation.suite import Task as AnyTask
+from infinicontext.evaluation.suites import SUITES
 from infinicontext.inference.generate import Generation, RopePolicy
 from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training import weights
@@ -105,6 +106,7 @@ def make_parser() -> Parser:
     command.add_argument("folder", nargs="?", help="a run folder")
     command.add_argument("--tasks", nargs="+", help=f"of {', '.join(get_args(AnyTask))}; default: the experiment's")
     command.add_argument("--lengths", nargs="+", help="tokens to read, as in 4k 64k 1m; default: the experiment's")
+    command.add_argument("--suite", help=f"tasks and lengths by name: {', '.join(SUITES)}")
     command.add_argument("--output", type=pathlib.Path, help="default: FOLDER/eval.json")
     command.add_argument("--step", type=int, help="the checkpoint; default: the newest")
 

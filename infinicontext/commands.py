@@ -18,6 +18,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
 from infinicontext.evaluation.ruler.harness_tasks import write_tasks
 from infinicontext.evaluation.suite import state_grows
+from infinicontext.evaluation.suites import suite
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
 from infinicontext.inference.generate import Generation, stream
@@ -46,7 +47,9 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    """infinicontext eval RUN [--tasks ...] [--lengths ...] [--output FILE]"""
+    """infinicontext eval RUN [--tasks ...] [--lengths ...] [--suite NAME] [--output FILE]"""
+    if options.suite and (options.tasks or options.lengths):
+        raise UserError(f"--suite is {options.suite}, which has tasks and lengths of its own; leave out --tasks and --lengths")
     tasks = [] if options.tasks is None else ["--evaluation.tasks", *options.tasks]
     lengths = [] if options.lengths is None else ["--evaluation.lengths", *(str(parse_length(text)) for text in options.lengths)]
     folder = pathlib.Path(options.folder)
@@ -58,6 +61,11 @@ def run_eval(options: argparse.Namespace) -> None:
         raise UserError(f"eval can change fields of evaluation, mesh and model only, not {other[0]}")
     if changed and options.output is None:
         raise UserError(f"eval with another model ({changed[0]}) needs --output FILE, to keep it apart from the run's own results")
+    for evaluation in suite(options.suite, experiment) if options.suite else ():
+        part = dataclasses.replace(experiment, evaluation=evaluation)
+        evaluate_run(part, folder, options.output or folder / "eval.json", options.step)
+    if options.suite:
+        return
     longest, capacity = max(experiment.evaluation.lengths), experiment.evaluation.capacity
     if options.lengths and longest > capacity and state_grows(models.abstract(experiment.model)):
         raise UserError(

@@ -1,5 +1,6 @@
 """Evaluations by questions: golden prompts and scores, who knows the answers, who sees only the end, and the two ways of asking."""
 
+import dataclasses
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from infinicontext import cli, models
+from infinicontext.data.recall import RecallData
 from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.babilong import BabiLong, background, correct, own_story, scattered, stories, texts
@@ -25,9 +27,11 @@ from infinicontext.evaluation.lost_in_the_middle import (
 from infinicontext.evaluation.needle import MagicNumber, Needle
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, first_number, landmark_prompt
 from infinicontext.evaluation.questions import Answers, Asking, Question, ask, evaluate_questions
+from infinicontext.evaluation.suites import SUITES, suite
 from infinicontext.inference.generate import Completion, Generation, generate
 from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.transformer import TransformerConfig
+from infinicontext.training.run_folder import load_config
 
 
 def rows(golden, name):
@@ -331,6 +335,7 @@ from infinicontext.evaluation.questions import Asking
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
 from infinicontext.models.transformer import TransformerConfig
+from infinicontext.training.run_folder import load_config
 
 def tiny():
     model = TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=16, remat=False)
@@ -395,3 +400,35 @@ def test_command(tmp_path, monkeypatch):
 def test_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_suites(tmp_path, monkeypatch, capsys):
+    """Every suite has tasks for text; the quick one runs from training to the report."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "ruler" / "PaulGrahamEssays.json").write_text(json.dumps({"text": TEXT}))
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 80}) + "\n" for n in range(30)))
+
+    def run(*command):
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            cli.main(list(command))
+
+    run("train", "experiments.py:tiny", "--workdir", "run")
+    experiment = load_config(tmp_path / "run")
+    for name in SUITES:
+        evaluations = suite(name, experiment)
+        assert evaluations
+        assert all(evaluation.tasks and evaluation.asking.batch_size == 2 for evaluation in evaluations)
+        with pytest.raises(UserError, match="has smoke alone"):
+            suite("standard", dataclasses.replace(experiment, data=RecallData()))
+    options = {"perplexity.scored": "16", "passkey.samples": "1", "ruler.samples": "1"}
+    run("eval", "run", "--suite", "smoke", *(word for name, value in options.items() for word in (f"--evaluation.{name}", value)))
+    tasks = json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]
+    assert set(tasks) == {"passkey", "perplexity", "document_perplexity", "magic_number", "ruler"}
+    for words, message in ((["--suite", "all"], "--suite is all; it must be one of"), (["--suite", "smoke", "--tasks", "ruler"], "leave")):
+        with pytest.raises(SystemExit):
+            run("eval", "run", *words)
+        assert message in capsys.readouterr().err
