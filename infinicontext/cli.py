@@ -1,5 +1,5 @@
-"""The command line: train, eval, sweep, compare, generate, convert, search-rope, score-tokens, lm-eval, ruler-tasks,
-bench, info.
+"""The command line: train, eval, sweep, compare, generate, convert, search-rope, score-tokens, lm-eval, download,
+ruler-tasks, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
@@ -18,6 +18,7 @@ from infinicontext.commands import (
     run_bench,
     run_compare,
     run_convert,
+    run_download,
     run_eval,
     run_generate,
     run_info,
@@ -201,6 +202,10 @@ def make_parser() -> Parser:
 
     text = "Run lm-evaluation-harness with our models as --model infinicontext; all that follows is lm_eval's own."
     add("lm-eval", run_lm_eval, text, takes_overrides=True)
+
+    command = add("download", run_download, "Fetch the texts that RULER's tasks read from, and check them.")
+    command.add_argument("what", choices=("ruler",))
+    command.add_argument("--folder", default="", help="default: $INFINICONTEXT_DATA/ruler")
 
     command = add("ruler-tasks", run_ruler_tasks, "Write RULER's samples as task files of lm-evaluation-harness.")
     command.add_argument("output", type=pathlib.Path, metavar="FOLDER", help="for lm-eval --include_path")

@@ -15,6 +15,7 @@ from infinicontext import models, sharding
 from infinicontext.data.pipeline import PasskeyData
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.ruler.corpora import download
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
 from infinicontext.evaluation.ruler.harness_tasks import write_tasks
 from infinicontext.evaluation.suite import state_grows
@@ -260,6 +261,11 @@ def run_lm_eval(options: argparse.Namespace) -> None:
         raise UserError(f'lm-evaluation-harness is missing: pip install "infinicontext[harness]" ({error})') from error
     sys.argv = ["infinicontext lm-eval", *options.overrides]
     cli_evaluate()
+
+
+def run_download(options: argparse.Namespace) -> None:
+    """infinicontext download ruler [--folder FOLDER]"""
+    download(options.folder, print)
 
 
 def run_ruler_tasks(options: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """RULER against samples and scores of the official scripts, and what a length does not hold."""
 
+import hashlib
 import json
 import re
 import shutil
+import urllib.request
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from infinicontext import cli
 from infinicontext.errors import UserError
 from infinicontext.evaluation import questions
+from infinicontext.evaluation.ruler import corpora as corpora_file
 from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.ruler.generate import Corpora, Request, RulerLengthError, generate
@@ -187,6 +190,38 @@ def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
         assert entry["score"] == 100
         assert found["summary"]["effective_label"] == ">2048"
     assert "Not comparable" in found["protocol"]
+
+
+def test_download(tmp_path, monkeypatch):
+    """What is fetched is checked; what is there is left alone."""
+    monkeypatch.setattr(corpora_file, "sentence_splitter", lambda *args: None)
+    contents = {"squad": b'{"data": []}', "hotpotqa": b"[]", "english_words": b"{}"}
+    files = dict(corpora_file.FILES)
+    for name, content in contents.items():
+        (tmp_path / f"source_{name}").write_bytes(content)
+        files[name] = files[name]._replace(sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(corpora_file, "FILES", files)
+    local = {files[name].source: (tmp_path / f"source_{name}").as_uri() for name in contents}
+    fetched = []
+    opened = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: fetched.append(url) or opened(local[url]))
+    said = []
+    corpora_file.download(str(tmp_path / "data"), said.append)
+    assert len(fetched) == 3
+    assert (tmp_path / "data" / "squad.json").read_bytes() == contents["squad"]
+    assert any("to be made by" in line and "PaulGrahamEssays.json" in line for line in said)
+    (tmp_path / "data" / "hotpotqa.json").write_bytes(b"[1]")
+    corpora_file.download(str(tmp_path / "data"), said.append)
+    assert len(fetched) == 3
+    assert any("hotpotqa.json: there already, but not the official one" in line for line in said)
+    (tmp_path / "data" / "squad.json").unlink()
+    (tmp_path / "source_squad").write_bytes(b"something else")
+    with pytest.raises(UserError, match="has the SHA-256 .* nothing was written"):
+        corpora_file.download(str(tmp_path / "data"), said.append)
+    assert not list((tmp_path / "data").glob("squad*"))
+    local[files["squad"].source] = (tmp_path / "none").as_uri()
+    with pytest.raises(UserError, match="could not be fetched"):
+        corpora_file.download(str(tmp_path / "data"), said.append)
 
 
 EXPERIMENTS = """

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,18 +22,36 @@ class File(NamedTuple):
 
     name: str
     what: str
-    source: str
+    source: str  # where it is from; what begins with https can be downloaded
+    sha256: str  # of what the official samples are made from (hex)
 
 
+REVISION = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"  # of NVIDIA/RULER
 FILES = {
     "essay": File(
         "PaulGrahamEssays.json",
         'Paul Graham\'s essays, {"text": ...}',
-        "scripts/data/synthetic/json/download_paulgraham_essay.py of github.com/NVIDIA/RULER",
+        f"scripts/data/synthetic/json/download_paulgraham_essay.py of github.com/NVIDIA/RULER at {REVISION[:7]}, with html2text 2025.4.15",
+        "8d31e1b660e0f2180bcca6d238e18f77921df9d158611582b860da1762b6d3dd",
     ),
-    "squad": File("squad.json", "SQuAD 2.0, dev-v2.0.json", "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"),
-    "hotpotqa": File("hotpotqa.json", "HotpotQA, hotpot_dev_distractor_v1.json", "https://huggingface.co/datasets/namlh2004/hotpotqa"),
-    "english_words": File("english_words.json", "RULER's list of English words", "scripts/data/synthetic/json of github.com/NVIDIA/RULER"),
+    "squad": File(
+        "squad.json",
+        "SQuAD 2.0, dev-v2.0.json",
+        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
+        "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
+    ),
+    "hotpotqa": File(
+        "hotpotqa.json",
+        "HotpotQA, hotpot_dev_distractor_v1.json",
+        "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json",
+        "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
+    ),
+    "english_words": File(
+        "english_words.json",
+        "RULER's list of English words",
+        f"https://media.githubusercontent.com/media/NVIDIA/RULER/{REVISION}/scripts/data/synthetic/json/english_words.json",
+        "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca",
+    ),
 }
 
 
@@ -135,3 +154,51 @@ def sentence_splitter(splitter: Splitter, where: Path | None = None, *, trained:
             f"NLTK's punkt_tab is missing: infinicontext download ruler, or python -m nltk.downloader -d {where} punkt_tab, or set the "
             "splitter to regex"
         ) from error
+
+
+def download(folder: str, say: Callable[[str], None]) -> None:
+    """Fetches what can be fetched, checks what is there, and says what is to be made by hand.
+
+    A file appears under its name when it is whole and its checksum is right. NLTK's punkt_tab is fetched by NLTK.
+
+    Args:
+      folder: see `data_folder`.
+      say: told of each file.
+
+    Raises:
+      UserError: the folder cannot be written, a download fails, or its checksum is wrong.
+    """
+    where = data_folder(folder)
+    for file in FILES.values():
+        path = where / file.name
+        if path.is_file():
+            same = hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
+            say(f"{path}: " + ("there already" if same else f"there already, but not the official one (SHA-256 {file.sha256})"))
+        elif not file.source.startswith("https"):
+            say(f"{path}: to be made by {file.source} (SHA-256 {file.sha256})")
+        else:
+            try:
+                where.mkdir(parents=True, exist_ok=True)
+                with urllib.request.urlopen(file.source, timeout=60) as answer:
+                    data = answer.read()
+                if (found := hashlib.sha256(data).hexdigest()) != file.sha256:
+                    raise UserError(f"{file.source} has the SHA-256 {found}, not {file.sha256}; nothing was written")
+                temporary = path.with_name(path.name + ".partial")
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            except OSError as error:  # URLError is one
+                raise UserError(f"{file.what}: {file.source} could not be fetched into {where}: {error}") from error
+            say(f"{path}: fetched, {len(data):,} bytes")
+    try:
+        sentence_splitter("punkt", where)
+        say("NLTK's punkt_tab: there already")
+    except UserError:
+        import nltk
+
+        done = nltk.download("punkt_tab", download_dir=str(where), quiet=True)
+        say(f"NLTK's punkt_tab: {'fetched' if done else 'could not be fetched'}")
+
+
+def unofficial(ids: dict[str, str]) -> list[str]:
+    """The names of corpora, by their SHA-256, that are not those of the official samples."""
+    return [name for name, digest in ids.items() if digest != FILES[name].sha256]

@@ -8,7 +8,7 @@ from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.evaluation.questions import Answers, Question, ask, with_start
-from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora
+from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS
@@ -111,11 +111,15 @@ def evaluate_ruler(
         entry = {"length": length, "tasks": scores, "categories": category_means(values)}
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
     whole = {entry["length"]: entry["score"] for entry in by_length if "score" in entry}
-    official = config.splitter == "punkt" and config.example_budget == 500
+    strange = [
+        *(["another splitter of sentences"] if config.splitter != "punkt" else []),
+        *map("another {}".format, unofficial(loaded.ids)),
+    ]
+    strange += ["another budget of the example"] if config.example_budget != 500 else []
     protocol = (
         f"RULER, samples as NVIDIA/RULER generates them (version {VERSION}), {config.samples} of each task, chat template {config.chat!r}, "
         "read in one stream from an empty state, decoded greedily; recall of the references in percent, 95% intervals."
-        + ("" if official else " Not comparable with published numbers: another splitter of sentences or budget of the example.")
+        + (f" Not comparable with published numbers: {', '.join(strange)}." if strange else "")
     )
     asked = {"predictions": predictions} if config.predictions else {}
     added = {"summary": summary(whole, THRESHOLDS["base" if config.chat == "base" else "chat"])} if whole else {}
