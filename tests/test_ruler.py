@@ -216,7 +216,7 @@ def test_download(tmp_path, monkeypatch):
     assert any("hotpotqa.json: there already, but not the official one" in line for line in said)
     (tmp_path / "data" / "squad.json").unlink()
     (tmp_path / "source_squad").write_bytes(b"something else")
-    with pytest.raises(UserError, match="has the SHA-256 .* nothing was written"):
+    with pytest.raises(UserError, match=r"has the SHA-256 .* nothing was written"):
         corpora_file.download(str(tmp_path / "data"), said.append)
     assert not list((tmp_path / "data").glob("squad*"))
     local[files["squad"].source] = (tmp_path / "none").as_uri()

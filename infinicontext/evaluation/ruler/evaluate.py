@@ -111,10 +111,8 @@ def evaluate_ruler(
         entry = {"length": length, "tasks": scores, "categories": category_means(values)}
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
     whole = {entry["length"]: entry["score"] for entry in by_length if "score" in entry}
-    strange = [
-        *(["another splitter of sentences"] if config.splitter != "punkt" else []),
-        *map("another {}".format, unofficial(loaded.ids)),
-    ]
+    strange = [f"another {name}" for name in unofficial(loaded.ids)]
+    strange += ["another splitter of sentences"] if config.splitter != "punkt" else []
     strange += ["another budget of the example"] if config.example_budget != 500 else []
     protocol = (
         f"RULER, samples as NVIDIA/RULER generates them (version {VERSION}), {config.samples} of each task, chat template {config.chat!r}, "
