@@ -1,5 +1,5 @@
 """The command line: train, eval, sweep, compare, generate, convert, search-rope, score-tokens, lm-eval, download,
-ruler-tasks, bench, info.
+training-questions, ruler-tasks, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
 """
@@ -28,6 +28,7 @@ from infinicontext.commands import (
     run_search_rope,
     run_sweep,
     run_train,
+    run_training_questions,
 )
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.errors import UserError
@@ -35,6 +36,7 @@ from infinicontext.evaluation.ruler.corpora import Splitter
 from infinicontext.evaluation.ruler.tasks import TASKS
 from infinicontext.evaluation.suite import Task as AnyTask
 from infinicontext.evaluation.suites import SUITES
+from infinicontext.evaluation.training_questions import ALLOWED
 from infinicontext.inference.generate import Generation, RopePolicy
 from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training import weights
@@ -202,6 +204,15 @@ def make_parser() -> Parser:
 
     text = "Run lm-evaluation-harness with our models as --model infinicontext; all that follows is lm_eval's own."
     add("lm-eval", run_lm_eval, text, takes_overrides=True)
+
+    text = f"Write questions with their answers as training data, by an experiment's tokenizer and evaluation. {fields}"
+    command = add("training-questions", run_training_questions, text, takes_overrides=True)
+    command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION")
+    command.add_argument("output", nargs="?", type=pathlib.Path, help="a .jsonl for InstructionData with template raw")
+    command.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(ALLOWED)}")
+    command.add_argument("--lengths", nargs="+", help="tokens, as in 512 1k; default: the evaluation's")
+    command.add_argument("--samples", type=int, default=100, help="of each task, length and place")
+    command.add_argument("--seed", type=int, default=1, help="none that evaluates")
 
     command = add("download", run_download, "Fetch the texts that RULER's tasks read from, and check them.")
     command.add_argument("what", choices=("ruler",))

@@ -12,7 +12,7 @@ import sys
 import jax
 
 from infinicontext import models, sharding
-from infinicontext.data.pipeline import PasskeyData
+from infinicontext.data.pipeline import PasskeyData, tokenizer_of
 from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import download
@@ -20,6 +20,7 @@ from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
 from infinicontext.evaluation.ruler.harness_tasks import write_tasks
 from infinicontext.evaluation.suite import state_grows
 from infinicontext.evaluation.suites import suite
+from infinicontext.evaluation.training_questions import write_questions
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
 from infinicontext.inference.generate import Generation, stream
@@ -266,6 +267,18 @@ def run_lm_eval(options: argparse.Namespace) -> None:
 def run_download(options: argparse.Namespace) -> None:
     """infinicontext download ruler [--folder FOLDER]"""
     download(options.folder, print)
+
+
+def run_training_questions(options: argparse.Namespace) -> None:
+    """infinicontext training-questions FILE.py:FUNCTION OUT.jsonl --tasks ... [--lengths ...] [--samples N] [--seed S]"""
+    experiment = override(one_experiment(options.experiment), options.overrides, options.parser)
+    tokenizer = tokenizer_of(experiment.data)
+    if tokenizer is None:
+        raise UserError(f"data is {type(experiment.data).__name__}, which has no tokenizer to write questions with")
+    lengths = [parse_length(text) for text in options.lengths] if options.lengths else list(experiment.evaluation.lengths)
+    say = lambda line: print(line, file=sys.stderr)
+    written = write_questions(options.output, tokenizer, experiment.evaluation, options.tasks, lengths, options.samples, options.seed, say)
+    print(f"{options.output}: {written:,} questions")
 
 
 def run_ruler_tasks(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ MESSAGES = (("system", "Be brief."), ("user", "Hi {x}\n"), ("assistant", "Hello\
 BY_HAND = {
     "plain": "<|begin_of_text|>System: Be brief.\nUser: Hi {x}\n\nAssistant:[ Hello\n\n there<|endoftext|>]\n"
     "User: Bye\nAssistant:[  No.<|endoftext|>]",
+    "raw": "<|begin_of_text|>Be brief.Hi {x}\n[Hello\n\n there<|endoftext|>]Bye[ No.<|endoftext|>]",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi {x}\n<|im_end|>\n<|im_start|>assistant\n"
     "[Hello\n\n there<|im_end|>]\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[ No.<|im_end|>]",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
@@ -289,7 +290,7 @@ def test_wrong_sources_and_fields(tmp_path):
     fails("a file must be one of .jsonl", source=str(tmp_path / "text.txt"))
     fails('no file or folder; it must be "examples", a .jsonl file', source="nowhere")
     fails(r"no conversation in its validation split with data\.validation_fraction 0\.05", source=one)
-    fails('data.template is "vicuna"; it must be one of plain, chatml, llama3, phi3', template="vicuna")
+    fails('data.template is "vicuna"; it must be one of plain, raw, chatml, llama3, phi3', template="vicuna")
     fails('data.template is "chatml", but data.tokenizer "bytes" has no token <|im_end|>'.replace("|", r"\|"), template="chatml")
     fails("length is 0", length=0)
     fails(r"validation_fraction is 1\.0", validation_fraction=1.0)

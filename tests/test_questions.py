@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from infinicontext import cli, models
+from infinicontext.data.instructions import InstructionData, load_conversations
 from infinicontext.data.recall import RecallData
 from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
@@ -400,6 +401,34 @@ def test_command(tmp_path, monkeypatch):
 def test_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_training_questions(tmp_path, monkeypatch, capsys):
+    """Written by a command, and read as they will be asked: prompt, answer, end."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    words = ["training-questions", "experiments.py:tiny", "questions.jsonl", "--samples", "3", "--evaluation.key-value.pairs", "2"]
+    cli.main([*words, "--tasks", "key_value", "niah_single_1", "vt", "--lengths", "1k"])
+    out = capsys.readouterr()
+    assert "questions.jsonl: 9 questions" in out.out
+    assert "vt 1024 left out" in out.err
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    kind, tokenizer = KeyValue((2,)), ByteTokenizer()
+    asked = kind.questions(tokenizer, 2, 3, 1)
+    assert [line["prompt"] for line in lines[:6]] == [tokenizer.decode(question.prompt_P) for question in asked]
+    assert kind.score(asked[0], lines[0]["response"]) == {"accuracy": 1}
+    assert lines[6]["response"].strip().isdigit()
+    data = InstructionData("questions.jsonl", template="raw", length=2048, validation_fraction=0.5)
+    found = load_conversations(data, tokenizer, "train")
+    first = found.tokens[: found.starts[1]].tolist()
+    (line,) = (line for line in lines if first[1:-1] == tokenizer.encode(line["prompt"] + line["response"]).tolist())
+    assert (first[0], first[-1]) == (256, 256)
+    assert found.answers[: found.starts[1]].sum() == len(line["response"]) + 1
+    for options, message in ((["--tasks", "niah"], "--tasks has niah"), (["--tasks", "vt", "--seed", "42"], "--seed is 42")):
+        with pytest.raises(SystemExit):
+            cli.main([*words, *options])
+        assert message in capsys.readouterr().err
 
 
 def test_suites(tmp_path, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from infinicontext.data.corpora import TEXTS_PER_CALL, Split, json_lines, local_
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 
-TemplateName = Literal["plain", "chatml", "llama3", "phi3"]
+TemplateName = Literal["plain", "raw", "chatml", "llama3", "phi3"]
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 ROLES = ("system", "user", "assistant")
 
@@ -57,6 +57,7 @@ class Template(NamedTuple):
 
 TEMPLATES: dict[TemplateName, Template] = {
     "plain": Template("{Role}:", " {content}", "", separator="\n", start=True),
+    "raw": Template("", "{content}", "", start=True),
     "chatml": Template("<|im_start|>{role}\n", "{content}", "<|im_end|>", separator="\n"),
     "llama3": Template("<|start_header_id|>{role}<|end_header_id|>\n\n", "{content}", "<|eot_id|>", start=True, strip=True),
     "phi3": Template("<|{role}|>", "{content}", "<|end|>"),
@@ -71,8 +72,9 @@ class InstructionData:
       source: a .jsonl file, a folder (all .jsonl files in it and below), a glob such as "chats/*.jsonl", or "examples", 60 short questions
         and answers that need no file.
       tokenizer: see `tokenizers.load_tokenizer`.
-      template: "plain" ("User: ...\\nAssistant: ...", for any tokenizer), or the form in which a pretrained family was tuned, whose
-        special tokens the tokenizer must have: "chatml" (Qwen), "llama3", "phi3" (Phi-3, Phi-4-mini).
+      template: "plain" ("User: ...\\nAssistant: ...", for any tokenizer), "raw" (prompts and answers as they are, one after the other), or
+        the form in which a pretrained family was tuned, whose special tokens the tokenizer must have: "chatml" (Qwen), "llama3", "phi3"
+        (Phi-3, Phi-4-mini).
       length: T. A conversation of more than T + 1 tokens is cut at its end, and left out if none of its answers remains; a line on stderr
         counts them.
       validation_fraction: share of conversations kept for validation, decided by the hash of their messages.

@@ -1,0 +1,96 @@
+"""Questions with their answers as training data, so that small models can learn the tasks that they are evaluated on.
+
+The prompts are those of the evaluation, from other seeds; as InstructionData with template "raw" a model reads them as it will be asked.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from infinicontext.data.tokenizers import Tokenizer
+from infinicontext.errors import UserError
+from infinicontext.evaluation.ruler.corpora import load_corpora
+from infinicontext.evaluation.ruler.generate import Request, generate
+from infinicontext.evaluation.ruler.tasks import TASKS, CommonWords
+from infinicontext.evaluation.suite import Evaluation, Questions
+
+ALLOWED = (*get_args(Questions), *TASKS)
+
+
+def write_questions(
+    path: Path,
+    tokenizer: Tokenizer,
+    evaluation: Evaluation,
+    tasks: list[str],
+    lengths: list[int],
+    samples: int,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Writes JSON lines with prompt, response, task and length.
+
+    Args:
+      path: the file, which is replaced as a whole.
+      tokenizer: that of the model; lengths are counted by it.
+      evaluation: the options of each kind of question.
+      tasks: of ALLOWED, RULER's by their own names.
+      lengths: tokens of the prompts; kinds whose sizes count something else have their own.
+      samples: of each task, length and place.
+      seed: none that evaluates.
+      say: told of what is left out.
+
+    Returns:
+      How many were written.
+
+    Raises:
+      UserError: an unknown task, the evaluation's own seed, or nothing could be made.
+    """
+    if unknown := [task for task in tasks if task not in ALLOWED]:
+        raise UserError(f"--tasks has {unknown[0]}; it must be of {', '.join(ALLOWED)}")
+    if seed in (evaluation.seed, evaluation.ruler.seed):
+        raise UserError(f"--seed is {seed}, which the evaluation asks by; training questions take another")
+    lines = []
+
+    def add(task: str, length: int, prompt: str, response: str) -> None:
+        lines.append(json.dumps({"prompt": prompt, "response": response, "task": task, "length": length}, ensure_ascii=False) + "\n")
+
+    for task in tasks:
+        sizes = lengths if task in TASKS else getattr(evaluation, task).sizes(lengths)
+        for size in sizes:
+            try:
+                if task in TASKS:
+                    for prompt, outputs in _ruler(task, tokenizer, evaluation, size, samples, seed):
+                        add(task, size, prompt, _listed(task, outputs))
+                else:
+                    for question in getattr(evaluation, task).questions(tokenizer, size, samples, seed):
+                        add(task, size, tokenizer.decode(question.prompt_P), question.continuation)
+            except UserError as error:
+                say(f"{task} {size} left out: {error}")
+    if not lines:
+        raise UserError(f"none of {', '.join(tasks)} could be made")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text("".join(lines), "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return len(lines)
+
+
+def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int, samples: int, seed: int) -> list[tuple[str, list[str]]]:
+    config = evaluation.ruler
+    loaded = load_corpora(config.folder, (task,), config.splitter)
+    if task in loaded.missing:
+        raise UserError(loaded.missing[task])
+    count = lambda text: len(tokenizer.encode(text))
+    request = Request(length, count, seed, config.chat, example_budget=config.example_budget)
+    return [(sample.input + sample.answer_prefix, sample.outputs) for sample in generate(task, request, loaded.corpora, samples)]
+
+
+def _listed(task: str, outputs: list[str]) -> str:
+    """As an answer of RULER's is written; common words are numbered as in the example of their prompt."""
+    if isinstance(TASKS[task], CommonWords):
+        return " " + " ".join(f"{number}. {word}" for number, word in enumerate(outputs, start=1))
+    return " " + ", ".join(outputs)
