@@ -125,10 +125,10 @@ def test_command(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"pairs": ()}, r"data\.pairs is empty"),
-        ({"pairs": (8, 17)}, r"data\.pairs is \(8, 17\): 17 pairs after a gap of 0 need 4 x pairs"),
+        ({"pairs": (8, 17)}, r"data\.pairs is \(8, 17\): 17 pairs and a gap of 0 need a length of 4 x pairs"),
         ({"length": 63}, "recall takes an even length and gap, not 63 and 0"),
-        ({"gap": 50}, "8 pairs after a gap of 50"),
-        ({"vocab_size": 64}, "length 64 and 64"),
+        ({"gap": 50}, "8 pairs and a gap of 50"),
+        ({"vocab_size": 17}, "not 64 and 17"),
         ({"filler": "keys"}, r"data\.filler is keys; it must be one of zeros, random"),
         ({"power": 0.0}, r"data\.power is 0\.0"),
     ],

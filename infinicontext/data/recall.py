@@ -30,7 +30,7 @@ def mqar(
     """Examples as HazyResearch/zoology makes them (multiquery_ar.py), to the token where `filler` is zeros, `gap` 0 and `seed` a number.
 
     Args:
-      vocab_size: keys are below its half, values from there on.
+      vocab_size: keys are below its half, values from there on; the original wants more than L.
       num_examples: N.
       input_seq_len: L.
       seed: of NumPy's legacy generator.
@@ -49,8 +49,10 @@ def mqar(
     S = (L - gap - 2 * P) // 2
     if L % 2 or gap % 2 or gap < 0:
         raise UserError(f"recall takes an even length and gap, not {L} and {gap}")
-    if vocab_size <= L or P < 1 or S < P:
-        raise UserError(f"{P} pairs after a gap of {gap} need 4 x pairs + gap <= length < vocabulary, not length {L} and {vocab_size}")
+    if P < 1 or S < P or vocab_size // 2 - 1 < P:
+        raise UserError(
+            f"{P} pairs and a gap of {gap} need a length of 4 x pairs + gap and a vocabulary of 2 x pairs + 2 at least, not {L} and {vocab_size}"
+        )
     rng, half = np.random.RandomState(seed), vocab_size // 2
     keys_NP = np.stack([rng.choice(np.arange(1, half), P, replace=False) for _ in range(num_examples)])
     values_NP = np.stack([rng.choice(np.arange(half, vocab_size), P, replace=False) for _ in range(num_examples)])
