@@ -51,7 +51,8 @@ def mqar(
         raise UserError(f"recall takes an even length and gap, not {L} and {gap}")
     if P < 1 or S < P or vocab_size // 2 - 1 < P:
         raise UserError(
-            f"{P} pairs and a gap of {gap} need a length of 4 x pairs + gap and a vocabulary of 2 x pairs + 2 at least, not {L} and {vocab_size}"
+            f"{P} pairs and a gap of {gap} need a length of 4 x pairs + gap and a vocabulary of 2 x pairs + 2 at least, not {L} and "
+            f"{vocab_size}"
         )
     rng, half = np.random.RandomState(seed), vocab_size // 2
     keys_NP = np.stack([rng.choice(np.arange(1, half), P, replace=False) for _ in range(num_examples)])
