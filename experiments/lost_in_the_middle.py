@@ -7,7 +7,7 @@ Byte-level models of about 0.8 million parameters, trained on objects of two to 
     infinicontext sweep experiments/lost_in_the_middle.py:all --workdir runs/lost
     infinicontext compare runs/lost/* --output report/
 
-A pair takes 80 bytes, so eight pairs are 700 tokens with the question and 128 are 10,500. Answers are teacher-forced.
+A pair takes 80 bytes, so eight pairs are 805 tokens with the question and 128 are 10,400. Answers are teacher-forced.
 
 Not run yet.
 """

@@ -7,8 +7,8 @@ r"""RULER for small models: each architecture learns the thirteen tasks at 2,048
     infinicontext sweep experiments/ruler.py:all --workdir runs/ruler
     infinicontext compare runs/ruler/* --output report/
 
-What a length does not hold with bytes for tokens is left out of both (cwe and the questions take more than 2,048). Meant for an
-accelerator: on a laptop's CPU, take fewer tasks.
+What a length does not hold with bytes for tokens is left out of both (the questions take more than 2,048). Meant for an accelerator: on a
+laptop's CPU, take fewer tasks.
 
 Not run yet.
 """

@@ -271,6 +271,8 @@ def run_download(options: argparse.Namespace) -> None:
 
 def run_training_questions(options: argparse.Namespace) -> None:
     """infinicontext training-questions FILE.py:FUNCTION OUT.jsonl --tasks ... [--lengths ...] [--samples N] [--seed S]"""
+    if options.output is None:
+        raise UserError("the output is missing: infinicontext training-questions FILE.py:FUNCTION OUT.jsonl --tasks ...")
     experiment = override(one_experiment(options.experiment), options.overrides, options.parser)
     tokenizer = tokenizer_of(experiment.data)
     if tokenizer is None:

@@ -96,6 +96,11 @@ def test_protocols_of_a_model(corpus):
         assert math.log(a["word_perplexity"]) > 2 * a["nll"]
     assert stream["skipped"] == [{"length": 701, "reason": "the longest validation document has 700 tokens"}]
     assert "window_mean_perplexity" in short["by_length"][0]
+    disjoint = run(protocol="sliding", window=65, stride=65)
+    assert [entry["tokens"] for entry in disjoint["by_length"]] == [3 * 128, 3 * 600]
+    assert disjoint["by_length"][0]["nll"] != pytest.approx(short["by_length"][0]["nll"], abs=1e-5)
+    # A window longer than a text is the text.
+    assert run(protocol="sliding", window=5000, stride=32)["by_length"][0]["nll"] == pytest.approx(stream["by_length"][0]["nll"], abs=1e-5)
     first = run(protocol="sliding", window=65, stride=32, windows=1)
     assert [entry["tokens"] for entry in first["by_length"]] == [3 * 64] * 2
     assert [(entry["from"], entry["to"]) for entry in stream["by_position"]] == [(0, 600)]
@@ -142,7 +147,7 @@ def tiny():
     [
         ({"protocol": "whole"}, r"evaluation\.document_perplexity\.protocol is whole; it must be one of stream, sliding"),
         ({"documents": 0}, r"evaluation\.document_perplexity\.documents is 0"),
-        ({"window": 128}, r"evaluation\.document_perplexity\.stride is 256; with windows of 128 tokens"),
+        ({"window": 128}, r"evaluation\.document_perplexity\.stride is 256; with windows of 128 tokens it must be at most as many"),
         ({"stride": -1}, r"evaluation\.document_perplexity\.stride is -1"),
     ],
 )

@@ -140,7 +140,7 @@ def test_what_is_missing():
 class Pieces:
     """A tokenizer of words, signs and spaces that learns its vocabulary as it goes, for models that are none."""
 
-    name, start_id, vocab_size = "pieces", None, 10**6
+    name, start_id, end_id, vocab_size = "pieces", None, None, 10**6
 
     def __init__(self):
         self.ids = {}

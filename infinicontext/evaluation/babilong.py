@@ -129,9 +129,11 @@ def background(
         start = rng.randrange(len(book))
         for sentence in split(book[start : start + 20 * room + 1000]):
             ids_P = encode(f" {sentence}")
-            if room and len(ids_P) >= SHORTEST_SENTENCE:
+            if len(ids_P) >= SHORTEST_SENTENCE:
                 sentences.append(ids_P[:room])
                 room -= len(sentences[-1])
+            if not room:
+                break
     raise UserError(f"evaluation.babilong.books has too few sentences of {SHORTEST_SENTENCE} tokens or more")
 
 
@@ -147,7 +149,7 @@ def scattered(rng: random.Random, facts: Sequence[np.ndarray], sentences: Sequen
 
 @dataclasses.dataclass(frozen=True)
 class BabiLong:
-    """Sizes are BABILong's names, 4k for 4,000: tokens of the whole prompt, about, 300 of which are not the context's.
+    """Sizes are tokens of the whole prompt, about, 300 of which are not the context's; BABILong's own 4k is 4,000.
 
     `facts` is a folder of bAbI's text files (en-10k, qa1_*_test.txt to qa20); empty: stories of our own, for qa1 to qa3.
     """
@@ -187,7 +189,8 @@ class BabiLong:
         for task in self.tasks:
             told = self._told(task)
             index, place = 0, 0
-            while index < samples and (told is None or place < len(told)):
+            # Where the size holds none of the first thousand stories, it holds none.
+            while index < samples and place < (1000 + 100 * samples if told is None else len(told)):
                 rng = random.Random(f"{seed} {size} {task} {place}")
                 story = own_story(task, rng) if told is None else told[place]
                 place += 1
@@ -198,9 +201,8 @@ class BabiLong:
                 sentences = background(rng, books, budget, tokenizer.encode, split)
                 context = tokenizer.decode(scattered(rng, facts, sentences))
                 ids_P = tokenizer.encode(prompt(task, context, story.question))
-                found.append(
-                    Question(size, task, index, with_start(tokenizer, ids_P), (story.answer, story.question), f" {story.answer}", 20)
-                )
+                ids_P = with_start(tokenizer, ids_P)
+                found.append(Question(size, task, index, ids_P, (story.answer,), f" {story.answer}", 20, asked=story.question))
                 index += 1
         if not found:
             raise UserError(f"{size} tokens hold no story of {', '.join(self.tasks)}")
@@ -218,8 +220,7 @@ class BabiLong:
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """Whether exactly the right labels are named."""
-        target, asked = question.answers
-        return {"accuracy": float(correct(str(question.place), target, answer, asked, self.labels))}
+        return {"accuracy": float(correct(str(question.place), question.answers[0], answer, question.asked, self.labels))}
 
     def chance(self, size: int) -> float:
         """That of any of the labels."""

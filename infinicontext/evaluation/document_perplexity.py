@@ -46,10 +46,9 @@ class DocumentPerplexityEvaluation:
         for name in ("window", "stride", "windows"):
             if getattr(self, name) < 0:
                 raise UserError(f"evaluation.document_perplexity.{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.window and self.stride >= self.window:
+        if self.window and self.stride > self.window:
             raise UserError(
-                f"evaluation.document_perplexity.stride is {self.stride}; with windows of {self.window} tokens, the start token among "
-                "them, it must be less"
+                f"evaluation.document_perplexity.stride is {self.stride}; with windows of {self.window} tokens it must be at most as many"
             )
 
 
@@ -151,14 +150,15 @@ def evaluate_document_perplexity(
     by_length, by_position, skipped, sliding = [], [], [], config.protocol == "sliding"
     for length in sorted(lengths):
         chosen = np.flatnonzero(sizes >= length)[: config.documents]
-        window = (config.window or length) if sliding else length
+        window = min(config.window or length, length) if sliding else length
         if reason := _reason(length, window, limit, start, int(sizes.max(initial=0)), chosen):
             skipped.append({"length": length, "reason": reason})
             continue
         texts_Nn = np.stack([corpus.document(i)[start : start + length] for i in chosen])
-        # A window of a given size holds the start token, too, and then one token of text less.
+        # A window of a given size holds the start token, too, and then one token of text less; so does its stride, if it is as long.
         reach = min(config.window - start if config.window else length, length)
-        windows = sliding_windows(length, reach, config.stride) if sliding else [(0, length, length)]
+        stride = min(config.stride, reach)
+        windows = sliding_windows(length, reach, stride) if sliding else [(0, length, length)]
         clock = time.perf_counter()
         losses_Nn, means = text_losses(
             lambda rows_WS: run(model, rows_WS, segment=segment), texts_Nn, windows[: config.windows or None], tokenizer.start_id
@@ -187,7 +187,7 @@ def evaluate_document_perplexity(
     )
     how = {
         "stream": "each is read once in one stream from an empty state, every token scored once",
-        "sliding": f"in sliding {window}; each begins with an empty state, every token is scored once",
+        "sliding": f"in sliding {window}; each begins with an empty state, what was scored is not scored again",
     }
     protocol = f"The first L tokens of up to {config.documents} validation documents that have as many; {how[config.protocol]}."
     return {"protocol": protocol, "by_length": by_length, "by_position": by_position, "skipped": skipped}

@@ -8,6 +8,7 @@ everything after it on to lm_eval's own command line.
 """
 
 import collections
+import functools
 import json
 import logging
 import pathlib
@@ -50,7 +51,8 @@ class HarnessModel(TemplateLM):
         chat: TemplateName | None = None,
         dtype: str | None = None,
         step: int | None = None,
-        **unused: Any,
+        device: str | None = None,
+        max_batch_size: int | None = None,
     ):
         """What --model_args may say.
 
@@ -66,7 +68,7 @@ class HarnessModel(TemplateLM):
           chat: the template of --apply_chat_template; None: the folder's own.
           dtype: of parameters and computation; None: as trained.
           step: of a run's checkpoint; None: the newest.
-          unused: what lm_eval hands to every model (device, max_batch_size); the machine's devices are used.
+          device, max_batch_size: what lm_eval hands to every model; the machine's devices are used.
 
         Raises:
           UserError: no such folder, no tokenizer, or options that are not allowed.
@@ -182,7 +184,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """New text of each request, up to the first of its stop texts."""
-        found = [""] * len(requests)
+        found, drawn = [""] * len(requests), 0
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -198,7 +200,10 @@ class HarnessModel(TemplateLM):
                 prompts = [contexts[i][-room:] for i in filled]
                 rows = [TextStream(self.loaded.tokenizer, prompt, until) for prompt in prompts]
                 with jax.set_mesh(self.mesh):
-                    collections.deque(follow(rows, stream(self.loaded.model, prompts, options)), maxlen=0)
+                    # Rows are numbered over all requests, so that those which repeat a prompt draw other tokens.
+                    bursts = stream(self.loaded.model, prompts, options, first_row=drawn)
+                    collections.deque(follow(rows, bursts), maxlen=0)
+                drawn += len(batch)
                 for i, row in zip(batch, rows):
                     found[i] = row.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, row.text)
@@ -230,28 +235,34 @@ class HarnessModel(TemplateLM):
         """A conversation as text; without a generation prompt, its last message stays open."""
         if self.chat is None:
             how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-            return self._kept().apply_chat_template(chat_history, tokenize=False, **how)
+            return self._kept.apply_chat_template(chat_history, tokenize=False, **how)
         template = TEMPLATES[self.chat]
         messages = [(message["role"], message["content"]) for message in chat_history]
-        written = pieces((*messages, ("assistant", "")) if add_generation_prompt else messages, template)
-        # An open message lacks what ends it, which is a piece of its own after the assistant's.
-        return "".join(written[:-1])
+        if add_generation_prompt:
+            # Without the empty message and what ends it.
+            return "".join(pieces((*messages, ("assistant", "")), template)[:-2])
+        written = pieces(messages, template)
+        # An open message of the assistant's lacks what ends it, which is a piece of its own.
+        return "".join(written[:-1] if messages[-1][0] == "assistant" else written)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What goes into the record of an evaluation."""
         if not chat_template:
             return None
-        if self.chat is not None:
-            return self.chat
-        return self._kept().chat_template
+        return self._kept.chat_template if self.chat is None else str(TEMPLATES[self.chat])
 
+    def get_model_info(self) -> dict:
+        """What goes into it beside lm_eval's own: how the likelihood of whole texts was had is not the same everywhere."""
+        return {"model_folder": str(self.folder), "rolling": self.rolling, "max_length": self.max_length}
+
+    @functools.cached_property
     def _kept(self):
         """The Hugging Face tokenizer, for its chat template."""
         from transformers import AutoTokenizer
 
         for folder in (self.folder, self.folder / KEPT):
-            if (folder / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(folder)
+            if (folder / "tokenizer_config.json").is_file() and (found := AutoTokenizer.from_pretrained(folder)).chat_template:
+                return found
         raise UserError(f"{self.folder} has no chat template; name one of {', '.join(TEMPLATES)} by --model_args chat=NAME")
 
 

@@ -5,6 +5,7 @@ config/dataset2maxlen.json, or these two beside the data sets. Chinese data sets
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from infinicontext.data.corpora import json_lines
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.lost_in_the_middle import normalised
@@ -46,7 +48,7 @@ def classification(answer: str, reference: str, classes: Sequence[str], official
 
 def paragraph(answer: str, reference: str) -> float:
     """The share of numbers in the answer that are the reference's, "Paragraph 7"."""
-    wanted, numbers = re.findall(r"Paragraph (\d+)", reference)[0], re.findall(r"\d+", answer)
+    wanted, numbers = re.findall(r"\d+", reference)[0], re.findall(r"\d+", answer)
     return numbers.count(wanted) / len(numbers) if numbers else 0.0
 
 
@@ -115,43 +117,54 @@ class LongBench:
     place: ClassVar[str] = "data set"
 
     def __post_init__(self):
-        if unknown := [name for name in self.data_sets if name not in DATA_SETS]:
-            raise UserError(f"evaluation.longbench.data_sets has {unknown[0]}; it must be of {', '.join(DATA_SETS)}")
+        if not self.data_sets or (unknown := [name for name in self.data_sets if name not in DATA_SETS]):
+            has = f"has {unknown[0]}" if self.data_sets else "is empty"
+            raise UserError(f"evaluation.longbench.data_sets {has}; it must be of {', '.join(DATA_SETS)}")
 
     def protocol(self) -> str:
         """See `Kind`."""
-        return f"LongBench, {', '.join(self.data_sets)}; its own scores, prompts without a chat template."
+        return f"LongBench, those of {', '.join(self.data_sets)} that are there; its own scores, prompts without a chat template."
 
     def sizes(self, lengths: list[int]) -> list[int]:
         """Those of the prompts with their answers."""
         return lengths
 
     def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
-        """The first rows of each data set."""
-        prompts, new_tokens, found = self._configuration("dataset2prompt.json"), self._configuration("dataset2maxlen.json"), []
+        """The first rows of each data set that is there and whose answers the size holds."""
+        rouge_l("a", "a")  # says at once if it is not installed
+        prompts, new_tokens = self._configuration("dataset2prompt.json", str), self._configuration("dataset2maxlen.json", int)
+        found, lacking = [], []
         for name in self.data_sets:
-            path = self._path(f"{name}.jsonl")
+            try:
+                path = self._path(f"{name}.jsonl")
+            except UserError as error:
+                lacking.append(str(error))
+                continue
             room = size - new_tokens[name] - len(with_start(tokenizer, []))
             if room < 2:
-                raise UserError(f"{size} tokens do not hold {name}'s answers of {new_tokens[name]}")
-            for index, line in enumerate(path.read_text("utf-8").splitlines()[:samples]):
+                lacking.append(f"{size} tokens do not hold {name}'s answers of {new_tokens[name]}")
+                continue
+            for index, (number, row) in enumerate(itertools.islice(json_lines(path), samples)):
                 try:
-                    row = json.loads(line)
-                    text, answers = prompts[name].format(**row), tuple(map(str, row["answers"]))
+                    text, answers = prompts[name].format(**row), tuple(str(answer) for answer in row["answers"])
                     classes = tuple(row.get("all_classes") or ())
-                except (ValueError, LookupError, TypeError) as error:
-                    raise UserError(f"{path}, line {index + 1}, is no row of LongBench: {error!r}") from error
+                    long_score(name, "", answers, classes)
+                    continuation = f" {answers[0]}"
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    raise UserError(f"{path}, line {number}, is no row of LongBench: {error!r}") from error
                 prompt = with_start(tokenizer, middle_cut(tokenizer.encode(text), room))
-                found.append(Question(size, name, index, prompt, answers, f" {answers[0]}", new_tokens[name], classes))
+                found.append(Question(size, name, index, prompt, answers, continuation, new_tokens[name], classes))
+        if not found:
+            raise UserError(lacking[0] if lacking else f"the data sets {', '.join(self.data_sets)} in {self.folder} are empty")
         return found
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """The data set's own."""
         return {"score": long_score(str(question.place), answer, question.answers, question.classes)}
 
-    def chance(self, size: int) -> float:
+    def chance(self, size: int) -> float | None:
         """Not known."""
-        return 0.0
+        return None
 
     def _path(self, name: str) -> Path:
         for path in (Path(self.folder, name), Path(self.folder, "config", name), Path(self.folder, "data", name)):
@@ -160,9 +173,11 @@ class LongBench:
         where = self.folder or "evaluation.longbench.folder, which is empty"
         raise UserError(f"there is no {name} in {where}; LongBench's data sets and its config/ are at github.com/THUDM/LongBench")
 
-    def _configuration(self, name: str) -> dict:
+    def _configuration(self, name: str, kind: type) -> dict:
+        """By data set."""
         path = self._path(name)
         try:
-            return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
+            found = json.loads(path.read_text("utf-8"))
+            return {data_set: kind(found[data_set]) for data_set in self.data_sets}
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path} is not LongBench's configuration of {', '.join(self.data_sets)}: {error!r}") from error

@@ -121,7 +121,7 @@ class Documents:
     counts: tuple[int, ...] = (10, 20, 30)
     file: str = ""
     query_aware: bool = False
-    random_order: bool = False
+    random_order: bool = False  # says in the prompt that documents are in random order
 
     size: ClassVar[str] = "documents"
     place: ClassVar[str] = "position"
@@ -161,9 +161,9 @@ class Documents:
         """Whether a reference stands in the first line."""
         return {"best_subspan_em": best_subspan(answer, question.answers)}
 
-    def chance(self, size: int) -> float:
+    def chance(self, size: int) -> float | None:
         """That of any of the people; not known of questions from a file."""
-        return 0.0 if self.file else 1 / size
+        return None if self.file else 1 / size
 
 
 Row = tuple[str, list[str], tuple[str, str], list[tuple[str, str]]]  # question, answers, gold document, the others
@@ -173,15 +173,16 @@ def _from_file(path: Path, size: int, samples: int) -> list[Row]:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = []
-        for line in data.decode("utf-8").splitlines()[:samples]:
+        for line in [line for line in data.decode("utf-8").split("\n") if line.strip()][:samples]:
             record = json.loads(line)
             marks = [bool(found.get("isgold", found.get("hasanswer"))) for found in record["ctxs"]]
             texts = [(found["title"], found["text"]) for found in record["ctxs"]]
             gold, others = texts[marks.index(True)], [text for text, mark in zip(texts, marks) if not mark]
             if len(others) < size - 1:
                 raise UserError(f"evaluation.documents.file {path} has questions with {len(others) + 1} documents, not {size}")
-            rows.append((record["question"], list(record["answers"]), gold, others[: size - 1]))
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+            answers = [str(answer) for answer in record["answers"]]
+            rows.append((record["question"], [answers[0], *answers[1:]], gold, others[: size - 1]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise UserError(f"evaluation.documents.file {path} cannot be read as questions with answers and ctxs: {error}") from error
     if not rows:
         raise UserError(f"evaluation.documents.file {path} is empty")

@@ -5,7 +5,9 @@
 
 import dataclasses
 import json
-from typing import ClassVar
+import re
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -33,6 +35,14 @@ def check_depths(name: str, depths: tuple[float, ...]) -> None:
         raise UserError(f"evaluation.{name}.depths is {depths}; it must be one or more numbers from 0 to 1")
 
 
+def first_number(answer: str, key: str, how: Literal["text", "number"] = "text") -> float:
+    """1 if the first digits of an answer are the key: as a text, or as a number, for which 04800 is 4800."""
+    digits = re.search(r"\d+", answer)
+    if digits is None:
+        return 0.0
+    return float(digits.group() == key if how == "text" else int(digits.group()) == int(key))
+
+
 def haystack_texts(source: str) -> list[str]:
     """The documents of a data.source; "": the essays that RULER reads, too.
 
@@ -44,7 +54,13 @@ def haystack_texts(source: str) -> list[str]:
     path = data_folder("") / FILES["essay"].name
     if not path.is_file():
         raise UserError(f"there is no {path}: {FILES['essay'].what}, from {FILES['essay'].source}; or name another text")
-    return [json.loads(path.read_text("utf-8"))["text"]]
+    try:
+        text = json.loads(path.read_text("utf-8"))["text"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not {FILES['essay'].what}: {error!r}") from error
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{path} is not {FILES['essay'].what}: its text is {str(text)[:20]!r}")
+    return [text]
 
 
 def haystack(source: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -81,6 +97,7 @@ class Needle:
 
     def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
         """One for each depth: nothing is drawn."""
+        rouge_l("a", "a")  # says at once if it is not installed
         needle, question = tokenizer.encode(self.needle), tokenizer.encode(self.question)
         room = size - len(with_start(tokenizer, [])) - len(needle) - len(question)
         if room < 1:
@@ -115,14 +132,18 @@ def rouge_l(answer: str, reference: str) -> dict[str, float]:
         from rouge import Rouge
     except ImportError as error:
         raise UserError('ROUGE-L of needles and LongBench is that of the package rouge: pip install "infinicontext[evaluation]"') from error
+    nothing = {"r": 0.0, "p": 0.0, "f": 0.0}
     if not answer.strip(" .") or not reference.strip(" ."):
-        return {"r": 0.0, "p": 0.0, "f": 0.0}
-    return Rouge(["rouge-l"]).get_scores(answer, reference)[0]["rouge-l"]
+        return nothing
+    try:
+        return Rouge(["rouge-l"]).get_scores(answer, reference)[0]["rouge-l"]
+    except RecursionError:  # of a sentence of a thousand words, to which LongBench gives 0, too
+        return nothing
 
 
-def next_sentence(ids: np.ndarray, at: int, stop: int) -> int:
+def next_sentence(ids: np.ndarray, at: int, stops: Sequence[int]) -> int:
     """The place after the first full stop from `at` on; the beginning, and a place after the last full stop, stay what they are."""
-    ends = np.flatnonzero(ids[at:] == stop)
+    ends = np.flatnonzero(np.isin(ids[at:], stops))
     return at + int(ends[0]) + 1 if at and ends.size else at
 
 
@@ -156,7 +177,9 @@ class MagicNumber:
     def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
         """Needles stand after the first full stop from their depth on."""
         head, tail = with_start(tokenizer, tokenizer.encode(STORY)), tokenizer.encode(ASKED)
-        hay, stop = haystack(self.haystack, tokenizer), tokenizer.encode(".")[-1]
+        hay = haystack(self.haystack, tokenizer)
+        # Alone it may be another token than after a word.
+        stops = [tokenizer.encode(text)[-1] for text in (".", "a.")]
         found = []
         for cell, depth in enumerate(self.depths):
             for index in range(samples):
@@ -169,7 +192,7 @@ class MagicNumber:
                 if room < 1:
                     raise UserError(f"{size} tokens do not hold numbers and question, which have {size - room}")
                 text = repeated(hay, room)
-                places = [(next_sentence(text, round(room * at), stop), insert) for at, insert in inserts]
+                places = [(next_sentence(text, round(room * at), stops), insert) for at, insert in inserts]
                 parts, before = [], 0
                 for at, insert in sorted(places, key=lambda place: place[0]):
                     parts += [text[before:at], insert]
@@ -179,8 +202,8 @@ class MagicNumber:
         return found
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        """Whether the answer begins with the number."""
-        return {"exact": float(answer.strip().startswith(question.answers[0]))}
+        """Whether the first digits are the number."""
+        return {"exact": first_number(answer, question.answers[0])}
 
     def chance(self, size: int) -> float:
         """That of all its digits."""

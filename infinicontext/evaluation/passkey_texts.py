@@ -8,27 +8,19 @@ import dataclasses
 import difflib
 import random
 import re
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from infinicontext.data.passkey import FILLER, INSTRUCTION
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
-from infinicontext.evaluation.needle import check_depths
+from infinicontext.evaluation.needle import check_depths, first_number
 from infinicontext.evaluation.questions import Question, with_start
 
 UNIT = FILLER.strip()
 KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 CHARACTERS_PER_TOKEN = 3.65
-
-
-def first_number(answer: str, key: str, how: Literal["text", "number"] = "text") -> float:
-    """1 if the first digits of an answer are the key: as a text, or as a number, for which 04800 is 4800."""
-    digits = re.search(r"\d+", answer)
-    if digits is None:
-        return 0.0
-    return float(digits.group() == key if how == "text" else int(digits.group()) == int(key))
 
 
 def similarity(answer: str, key: str) -> float:
@@ -101,7 +93,10 @@ class BeaconPasskey:
 
     def protocol(self) -> str:
         """See `Kind`."""
-        return "Passkey as in Activation Beacon's evaluation, without a chat template; first number of the answer as text."
+        return (
+            "Passkey as in Activation Beacon's evaluation, without a chat template and with keys of our own; first number of the answer as "
+            "text."
+        )
 
     def sizes(self, lengths: list[int]) -> list[int]:
         """Those of the prompts, before they are decoded and encoded again."""
@@ -112,7 +107,8 @@ class BeaconPasskey:
         rng = np.random.default_rng((seed, size))
         description, question = tokenizer.encode(self.description), tokenizer.encode(self.question)
         budget, found = size - len(with_start(tokenizer, [])), []
-        filler = tokenizer.encode(UNIT * (size // len(tokenizer.encode(UNIT)) + 2))
+        # Units that are not apart may take fewer tokens than one alone.
+        filler = tokenizer.encode(UNIT * (2 * size // len(tokenizer.encode(UNIT)) + 2))
         for depth in self.depths:
             for index in range(samples):
                 key = str(rng.integers(10**4, 10**5))

@@ -295,17 +295,19 @@ def _question_map(runs: list[Run], task: str) -> Plot:
 
 
 def _questions_by_size(runs: list[Run], task: str) -> Plot | None:
-    lines = with_points(
-        (run, [(e["prompt_tokens"], *(100 * x for x in (e["score"], *e["interval"]))) for e in run.task(task)["by_size"]]) for run in runs
-    )
+    def point(entry: dict) -> tuple:
+        low, high = entry["interval"] or (entry["score"], entry["score"])
+        return entry["prompt_tokens"], 100 * entry["score"], 100 * low, 100 * high
+
+    lines = with_points((run, list(map(point, run.task(task)["by_size"]))) for run in runs)
     if not lines:
         return None
     title = f"{QUESTION_TITLES[task]} by length"
     figure, axes = lines_over_lengths(lines, title, "length of the prompts (tokens)", "score (%)")
     axes.set_ylim(-4, 104)
-    chances = [entry["chance"] for run, _ in lines for entry in run.task(task)["by_size"]]
-    note = f"Mean over all places. Bars: 95% interval. Who guesses has {100 * min(chances):.2g}"
-    note += f" to {100 * max(chances):.2g}%." if max(chances) > min(chances) else "%."
+    chances = {entry["chance"] for run, _ in lines for entry in run.task(task)["by_size"]} - {None}
+    guessed = sorted({f"{100 * chance:.2g}" for chance in (min(chances), max(chances))}, key=float) if chances else []
+    note = "Mean over all places. Bars: 95% interval." + (f" Who guesses has {' to '.join(guessed)}%." if guessed else "")
     return Plot(f"{task}-by-length", title, note, task, [run for run, _ in lines], figure)
 
 

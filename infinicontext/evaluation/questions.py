@@ -33,10 +33,11 @@ class Question(NamedTuple):
     place: float | str  # where the answer stands, or the data set it is from
     index: int  # among those of the same size and place
     prompt_P: np.ndarray  # int32, the start token included
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # any of which is right
     continuation: str  # the prompt's right continuation, as text
     new_tokens: int  # at which an answer is cut off
     classes: tuple[str, ...] = ()  # what answers are, where the score counts others that are named
+    asked: str = ""  # the question itself, where the score looks at it
 
 
 class Kind(Protocol):
@@ -65,8 +66,8 @@ class Kind(Protocol):
         """Numbers from 0 to 1, the first of them being the score."""
         ...
 
-    def chance(self, size: int) -> float:
-        """The score of one who guesses."""
+    def chance(self, size: int) -> float | None:
+        """The score of one who guesses; None: not known."""
         ...
 
 
@@ -148,7 +149,7 @@ def ask(
 
     Args:
       model: any model with the tokenizer's vocabulary.
-      tokenizer: its start token ends an answer.
+      tokenizer: its start and end tokens end an answer.
       questions: in any order.
       kept: answers so far.
       mode: see `Mode`.
@@ -164,7 +165,7 @@ def ask(
         # A batch that is not full is filled up, so that fewer programs are compiled.
         filled = batch + batch[:1] * (batch_size - len(batch))
         if mode == "generate":
-            stop = () if tokenizer.start_id is None else ((tokenizer.start_id,),)
+            stop = tuple((token,) for token in {tokenizer.start_id, tokenizer.end_id} - {None})
             options = Generation(batch[0].new_tokens, segment=segment, stop=stop)
             rows = generate(model, [question.prompt_P for question in filled], options)
             found = [Answer(tokenizer.decode(row.tokens)) for row in rows]
@@ -185,7 +186,9 @@ def _batches(questions: list[Question], batch_size: int) -> Iterator[list[Questi
 
 def _forced(model: Model, tokenizer: Tokenizer, questions: list[Question], segment: int) -> list[Answer]:
     """The likeliest tokens where the right ones are read."""
-    right = [tokenizer.encode(question.continuation) for question in questions]
+    # As tokens after some text: at the beginning of one, tokenizers may write a space of their own.
+    before = len(tokenizer.encode("x"))
+    right = [tokenizer.encode(f"x{question.continuation}")[before:] for question in questions]
     found = score(model, [question.prompt_P for question in questions], right, segment=segment)
     said = [scored.likeliest_A for scored in found]
     return [Answer(tokenizer.decode(said_A), float(np.mean(said_A == right_A))) for said_A, right_A in zip(said, right)]
@@ -253,10 +256,14 @@ def evaluate_questions(
         length = float(np.mean([len(question.prompt_P) for question in questions]))
         numbers = {"prompt_tokens": length, "chance": kind.chance(size)} | ({"samples_per_second": speed} if speed else {})
         by_size.append({"size": size} | whole | numbers)
+        if kind.place == "data set":
+            # Data sets count alike, however many questions they have.
+            by_size[-1] |= {"score": float(np.mean([cell["score"] for cell in cells if cell["size"] == size])), "interval": None}
         predictions += [
             {"size": size, "place": q.place, "index": q.index, "answer": kept.of(q).text, "answers": list(q.answers)} | s for q, s in scored
         ]
-        say(f"{task} {kind.size} {size}: {100 * whole['score']:.1f}% of {whole['samples']}, chance {100 * kind.chance(size):.1f}%")
+        guessed = "not known" if kind.chance(size) is None else f"{100 * kind.chance(size):.1f}%"
+        say(f"{task} {kind.size} {size}: {100 * by_size[-1]['score']:.1f}% of {whole['samples']}, chance {guessed}")
     how = {
         "generate": "decoded greedily",
         "teacher_forced": "teacher-forced: the right answer is read, and the score is 1 where each of its tokens is the likeliest",

@@ -16,6 +16,7 @@ from infinicontext.evaluation.ruler.tasks import TASKS, CommonWords
 from infinicontext.evaluation.suite import Evaluation, Questions
 
 ALLOWED = (*get_args(Questions), *TASKS)
+SUITE_SEEDS = (42, 123)  # of the papers' settings (evaluation/suites.py)
 
 
 def write_questions(
@@ -44,11 +45,14 @@ def write_questions(
       How many were written.
 
     Raises:
-      UserError: an unknown task, the evaluation's own seed, or nothing could be made.
+      UserError: an unknown task, one whose questions do not depend on a seed, a seed that evaluates, or nothing could be made.
     """
     if unknown := [task for task in tasks if task not in ALLOWED]:
         raise UserError(f"--tasks has {unknown[0]}; it must be of {', '.join(ALLOWED)}")
-    if seed in (evaluation.seed, evaluation.ruler.seed):
+    for task in tasks:
+        if task in ("needle", "longbench") or getattr(getattr(evaluation, task, None), "file", "") or _facts(evaluation, task):
+            raise UserError(f"--tasks has {task}, whose questions are always the same; a model trained on them could not be asked any")
+    if seed in (evaluation.seed, evaluation.ruler.seed, *SUITE_SEEDS):
         raise UserError(f"--seed is {seed}, which the evaluation asks by; training questions take another")
     lines = []
 
@@ -77,6 +81,11 @@ def write_questions(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return len(lines)
+
+
+def _facts(evaluation: Evaluation, task: str) -> str:
+    """bAbI's files of a kind that reads them."""
+    return evaluation.babilong.facts if task == "babilong" else ""
 
 
 def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int, samples: int, seed: int) -> list[tuple[str, list[str]]]:

@@ -50,7 +50,7 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             validation_nll=float(np.average(losses, weights=[counted(of_validation(experiment.objective), batch) for batch in batches])),
             say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
             output=output,
-            about={"run": experiment.name, "step": step, "model": to_plain(experiment.model)},
+            about={"step": step, "model": to_plain(experiment.model), "parameters": parameters_fingerprint(model)},
         )
         if "selection" in experiment.evaluation.tasks:
             tokenizer = tokenizer_of(experiment.data)

@@ -192,9 +192,11 @@ def download(folder: str, say: Callable[[str], None]) -> None:
     try:
         sentence_splitter("punkt", where)
         say("NLTK's punkt_tab: there already")
-    except UserError:
-        import nltk
-
+    except UserError as error:
+        try:
+            import nltk
+        except ImportError:
+            raise error from None
         done = nltk.download("punkt_tab", download_dir=str(where), quiet=True)
         say(f"NLTK's punkt_tab: {'fetched' if done else 'could not be fetched'}")
 
