@@ -1,5 +1,6 @@
 """Batches as pure functions of (data, seed, step), for any number of processes."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -162,6 +163,19 @@ def test_passkey_before_all_filler():
             assert after.count("here we go") > 5
 
 
+def test_passkey_rows_that_are_one_document():
+    """The first half of them, with the tokens that they have otherwise."""
+    apart = PasskeyData(lengths=(300,), shortest=(70,))
+    joined = dataclasses.replace(apart, one_document=0.5)
+    (a,), (b,) = (validation_batches(data, 5, 1, seed=0) for data in (apart, joined))
+    np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    np.testing.assert_array_equal(a["answer_mask"], b["answer_mask"])
+    np.testing.assert_array_equal(b["segment_ids"][:3], a["segment_ids"][:3] > 0)
+    np.testing.assert_array_equal(b["segment_ids"][3:], a["segment_ids"][3:])
+    assert a["segment_ids"].max(axis=1).min() > 1
+    np.testing.assert_array_equal(b["loss_mask"][:3], a["segment_ids"][:3, 1:] > 0)
+
+
 def test_passkey_stages_have_their_own_shortest_samples():
     data = PasskeyData(lengths=(300, 400), stage_steps=(2,), shortest=(70, 390))
     samples = [int(batch["segment_ids"].max()) for batch in take(4, data)]
@@ -216,6 +230,7 @@ def test_short_validation_split_ends_in_padding_rows(source):
         (PasskeyData, {"lengths": (200, 300), "stage_steps": (0,)}, r"data\.stage_steps is \(0,\)"),
         (PasskeyData, {"digits": 0}, r"data\.digits is 0"),
         (PasskeyData, {"digits": 19}, r"data\.digits is 19"),
+        (PasskeyData, {"one_document": 2.0}, r"data\.one_document is 2\.0; it must be from 0 to 1"),
         (PasskeyData, {"shortest": (0,)}, r"data\.shortest is \(0,\); each must be from 1"),
         (PasskeyData, {"shortest": (300,)}, r"data\.shortest is \(300,\)"),
         (PasskeyData, {"shortest": (80, 90)}, r"data\.shortest is \(80, 90\); it must be empty or 1 numbers"),

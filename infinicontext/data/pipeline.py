@@ -93,6 +93,8 @@ class PasskeyData:
         and far from each other.
       depths: of the keys, drawn uniformly between these two. What is drawn below 0 or above 1 becomes an end, where long samples seldom
         have their keys otherwise: (-0.1, 1.1) puts a sixth of the keys there, and (0, 0) all of them before any filler.
+      one_document: in this share of a batch's rows, the first ones, samples see one another: a question is about the last of several keys,
+        and a memory is worn by all that was read before, with Experiment.carry in the steps before, too.
     """
 
     tokenizer: str = "passkey"
@@ -101,8 +103,11 @@ class PasskeyData:
     digits: int = 5
     shortest: tuple[int, ...] = ()
     depths: tuple[float, float] = (0.0, 1.0)
+    one_document: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.one_document <= 1:
+            raise UserError(f"data.one_document is {self.one_document}; it must be from 0 to 1")
         if not -1 <= self.depths[0] <= self.depths[1] <= 2:
             raise UserError(f"data.depths is {self.depths}; it must be two numbers from -1 to 2, the smaller first")
         if not self.lengths or min(self.lengths) < 1:
@@ -219,8 +224,9 @@ def train_batches(
         _check_lengths(data, tokenizer)
 
         def passkey_batch(step: int) -> Batch:
-            rows = range(process_index, data.rows_at(step, batch_size, multiple), process_count)
-            return _passkey_rows(data, tokenizer, data.stage_at(step), rows, (TRAINING, seed, step))
+            count = data.rows_at(step, batch_size, multiple)
+            rows = range(process_index, count, process_count)
+            return _passkey_rows(data, tokenizer, data.stage_at(step), rows, count, (TRAINING, seed, step))
 
         batches = grain.MapDataset.range(STEPS).map(passkey_batch)
     elif isinstance(data, RecallData):
@@ -265,7 +271,7 @@ def validation_batches(data: Data, batch_size: int, count: int, seed: int, divis
     if isinstance(data, PasskeyData):
         _check_lengths(data, tokenizer)
         rows = range(data.rows_at(sum(data.stage_steps), batch_size, divisor))
-        return [_passkey_rows(data, tokenizer, len(data.lengths) - 1, rows, (VALIDATION, seed, i)) for i in range(count)]
+        return [_passkey_rows(data, tokenizer, len(data.lengths) - 1, rows, len(rows), (VALIDATION, seed, i)) for i in range(count)]
     if isinstance(data, RecallData):
         return [data.batch(range(batch_size), (VALIDATION, seed, i)) for i in range(count)]
     packed = _packed(data, tokenizer, "validation", seed)
@@ -304,8 +310,8 @@ def _check_lengths(data: PasskeyData, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.{name} is {getattr(data, name)}, for samples of {length} tokens: {error}") from error
 
 
-def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, stage: int, rows: range, key: tuple[int, ...]) -> Batch:
-    """Rows of passkey samples, each a function of (stage, key, row) alone."""
+def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, stage: int, rows: range, count: int, key: tuple[int, ...]) -> Batch:
+    """Rows of passkey samples out of `count`, each a function of (stage, key, row) alone."""
     length = data.lengths[stage]
     shortest = data.shortest[stage] if data.shortest else length + 1
 
@@ -318,7 +324,7 @@ def _passkey_rows(data: PasskeyData, tokenizer: Tokenizer, stage: int, rows: ran
             depth = float(np.clip(data.depths[0] + (data.depths[1] - data.depths[0]) * rng.random(), 0, 1))
             place = slice(end, end := end + size)
             tokens_S[place], answer_start = passkey_sample(tokenizer, size, depth, rng, data.digits)
-            segment_S[place] = segment
+            segment_S[place] = 1 if row < data.one_document * count else segment
             answers_S[place.start + answer_start : end] = True
         loss_mask_T = (segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)
         return {
