@@ -1,5 +1,6 @@
 """RULER against samples and scores of the official scripts, and what a length does not hold."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,12 +15,14 @@ from infinicontext import cli
 from infinicontext.errors import UserError
 from infinicontext.evaluation import questions
 from infinicontext.evaluation.ruler import corpora as corpora_file
+from infinicontext.evaluation.ruler import published
 from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.ruler.generate import Corpora, Request, RulerLengthError, generate
 from infinicontext.evaluation.ruler.score import category_means, cleaned, length_score, sample_score, summary, task_score
 from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS
 from infinicontext.evaluation.ruler.words import Pairs, pairs
+from infinicontext.evaluation.runs import Run
 from infinicontext.inference.generate import Completion
 
 COUNTS = {
@@ -288,3 +291,24 @@ def test_command(tmp_path, monkeypatch):
 def test_refused(changes, message):
     with pytest.raises(UserError, match=message):
         RulerEvaluation(**changes)
+
+
+@pytest.mark.golden
+def test_published_scores(golden):
+    """Those of the reference file, errors of their sums included."""
+    models = {row["model"]: row for row in published.published()["models"]}
+    for row in json.loads((golden / "ruler" / "aggregates.json").read_text())["aggregates"]:
+        if "published" in row:
+            ours = models[row["model"].strip("* ")]
+            assert ours["scores"] == row["scores"]
+            assert ours["avg"] == row["published"]["avg"]
+
+
+def test_own_scores_stand_above_published_ones(tmp_path):
+    tasks = {task: {"score": 50.0} for task in TASKS}
+    by_length = [{"length": length, "tasks": tasks, "categories": {}, "score": 50.0} for length in (2048, 4096)]
+    ruler = {"by_length": by_length, "summary": summary({2048: 50.0, 4096: 50.0})}
+    run = Run("mine <1>", 0, tmp_path, {"experiment": {}}, [], [], [], {"tasks": {"ruler": ruler}})
+    table = published.html_table([run])
+    assert table.index("mine &lt;1&gt;</th><td>-</td><td>&lt;2048</td><td>50.0</td><td>-</td>") < table.index("Jamba-1.5-large")
+    assert published.html_table([dataclasses.replace(run, eval={})]) == ""

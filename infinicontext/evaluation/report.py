@@ -19,6 +19,7 @@ from typing import NamedTuple
 from infinicontext.errors import UserError
 from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
 from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
+from infinicontext.evaluation.ruler import published
 from infinicontext.evaluation.runs import Run, read_runs
 
 
@@ -273,6 +274,7 @@ def html_page(runs: list[Run], rows: list[Row], plots: list[Plot], pictures: dic
         '<h2>Pictures</h2><div class="plots">' if plots else "",
         *(_html_figure(plot, pictures[plot.file]) for plot in plots),
         "</div>" if plots else "",
+        f"<h2>RULER beside published scores</h2>{ruler}" if (ruler := published.html_table(runs)) else "",
         *_html_tokens(runs),
         f"<h2>Not measured</h2><ul>{''.join(skipped)}</ul>" if skipped else "",
         "<h2>How each run was made</h2>",
