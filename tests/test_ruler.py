@@ -295,13 +295,12 @@ def test_refused(changes, message):
 
 @pytest.mark.golden
 def test_published_scores(golden):
-    """Those of the reference file, errors of their sums included."""
-    models = {row["model"]: row for row in published.published()["models"]}
+    """Those of the reference file."""
+    models = [(row["model"], row["scores"], row["avg"]) for row in published.published()["models"]]
+    assert len(models) > 40
     for row in json.loads((golden / "ruler" / "aggregates.json").read_text())["aggregates"]:
         if "published" in row:
-            ours = models[row["model"].strip("* ")]
-            assert ours["scores"] == row["scores"]
-            assert ours["avg"] == row["published"]["avg"]
+            assert (row["model"].strip("* "), row["scores"], row["published"]["avg"]) in models
 
 
 def test_own_scores_stand_above_published_ones(tmp_path):
