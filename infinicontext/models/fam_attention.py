@@ -24,6 +24,7 @@ from infinicontext.nn.cursor import Place
 from infinicontext.nn.parameters import at_least_float32
 from infinicontext.nn.rope import RopeConfig, rope_table, rotation
 
+FEW_BLOCKS = 0.1  # of the Dirichlet distribution of what is read again; 1: any shares, towards 0: a single block
 # Fields of a Transformer that say which keys its tokens see; FAM's config decides that anew.
 _REACH = {"attention", "window", "block", "memory_blocks"}
 
@@ -329,9 +330,14 @@ def begin_call(
 
 
 def draw_rereads(key: jax.Array, blocks: int, batch_size: int, rereads: int) -> Rereads:
-    """Each of N blocks once and, in each row, `rereads` N that are drawn uniformly again."""
+    """Each of N blocks once and, in each row, `rereads` N again, most of them a few blocks that are drawn for the row.
+
+    Were all read again as often, what is to be kept would be, too, and its share of FAM would stay as it is.
+    """
+    share_key, block_key = jax.random.split(key)
     each_NB = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch_size))
-    again = jax.random.randint(key, (blocks * rereads, batch_size), 0, blocks, jnp.int32)
+    log_share_BN = jax.random.loggamma(share_key, FEW_BLOCKS, (batch_size, blocks))
+    again = jax.random.categorical(block_key, log_share_BN, shape=(blocks * rereads, batch_size)).astype(jnp.int32)
     block_JB = jnp.sort(jnp.concatenate([each_NB, again]), axis=0)
     return Rereads(block_JB, jax.vmap(jnp.searchsorted, 1, 1)(block_JB, each_NB).astype(jnp.int32))
 
