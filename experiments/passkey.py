@@ -88,7 +88,8 @@ block, 127 after 32 blocks and 1,055 after 256, that of the others by 1.7 and 2.
 a key 13 blocks back is found in 100% of 8 samples where it stands after 115 blocks and in 25% where it stands after 243. Random state
 passing does not meet this where the samples of a row are apart (the FAM passed on is that of the last sample), and reading all blocks again
 as often, which training_rereads then was, leaves every share as it is. In the third run a few blocks of a row were read many times
-(training_rereads as it is now): the FAM of layers 2 and 3 then grows by 1.2 and 1.6 a block, and 240 steps took 16384 tokens from 21 to 71%.
+(training_rereads as it is now): the FAM of layers 2 and 3 then grows by 1.2 and 1.6 a block, and 240 steps took 16384 tokens from 21 to
+71%.
 
 Not measured yet: BSWA with m = 1 to 3, other seeds, the ablations (fam_ablations).
 """
