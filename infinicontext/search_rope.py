@@ -168,7 +168,7 @@ def draw(path: pathlib.Path, progress: Progress, compared: dict, losses: dict, f
     import matplotlib
     from matplotlib.figure import Figure
 
-    from infinicontext.evaluation.plots import COLORS, LINES, STYLE
+    from infinicontext.evaluation.drawing import COLORS, LINES, STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 7), layout="constrained")

@@ -32,11 +32,11 @@ from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, landmark_prompt
 from infinicontext.evaluation.questions import Answers, Asking, Question, ask, evaluate_questions
 from infinicontext.evaluation.suites import SUITES, suite
+from infinicontext.experiment_file import one_experiment
 from infinicontext.inference.generate import Completion, Generation, generate
 from infinicontext.inference.score import Scored
 from infinicontext.models.infini_attention import InfiniConfig
 from infinicontext.models.transformer import TransformerConfig
-from infinicontext.training.run_folder import load_config
 
 
 def rows(golden, name):
@@ -463,7 +463,6 @@ from infinicontext.evaluation.questions import Asking
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
 from infinicontext.models.transformer import TransformerConfig
-from infinicontext.training.run_folder import load_config
 
 def tiny():
     model = TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=16, remat=False)
@@ -560,22 +559,11 @@ def test_training_questions(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_suites(tmp_path, monkeypatch, capsys):
-    """Every suite has tasks for text; the quick one runs from training to the report."""
+def test_what_suites_set(tmp_path, monkeypatch, capsys):
+    """Every suite has tasks for text, at its paper's lengths and in its mode; what it does not set stays as it was."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))
-    (tmp_path / "ruler").mkdir()
-    (tmp_path / "ruler" / "PaulGrahamEssays.json").write_text(json.dumps({"text": TEXT}))
     (tmp_path / "experiments.py").write_text(EXPERIMENTS)
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 80}) + "\n" for n in range(30)))
-
-    def run(*command):
-        # optax itself multiplies dtypes that strict promotion refuses to mix.
-        with jax.numpy_dtype_promotion("standard"):
-            cli.main(list(command))
-
-    run("train", "experiments.py:tiny", "--workdir", "run")
-    experiment = load_config(tmp_path / "run")
+    experiment = one_experiment("experiments.py:tiny")
     beacon = suite("paper:beacon", experiment)
     assert (beacon[0].lengths[:2], len(beacon[0].lengths), beacon[0].lengths[-1]) == ((8192, 14659), 20, 131072)
     assert beacon[1].needle.depths[1] == 0.11
@@ -591,6 +579,26 @@ def test_suites(tmp_path, monkeypatch, capsys):
         assert all(evaluation.tasks and evaluation.asking.batch_size == 2 for evaluation in evaluations)
         with pytest.raises(UserError, match="has smoke alone"):
             suite("standard", dataclasses.replace(experiment, data=RecallData()))
+    with pytest.raises(UserError, match="--suite is all; it must be one of"):
+        suite("all", experiment)
+
+
+@pytest.mark.slow
+def test_suites(tmp_path, monkeypatch, capsys):
+    """The quick one runs from training to the result."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "ruler" / "PaulGrahamEssays.json").write_text(json.dumps({"text": TEXT}))
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 80}) + "\n" for n in range(30)))
+
+    def run(*command):
+        # optax itself multiplies dtypes that strict promotion refuses to mix.
+        with jax.numpy_dtype_promotion("standard"):
+            cli.main(list(command))
+
+    run("train", "experiments.py:tiny", "--workdir", "run")
     options = {"perplexity.scored": "16", "passkey.samples": "1", "ruler.samples": "1"}
     run("eval", "run", "--suite", "smoke", *(word for name, value in options.items() for word in (f"--evaluation.{name}", value)))
     tasks = json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]

@@ -13,8 +13,9 @@ from matplotlib.colors import to_hex
 
 from infinicontext.errors import UserError
 from infinicontext.evaluation import report
+from infinicontext.evaluation.drawing import COLORS
 from infinicontext.evaluation.labels import bytes_label, count_label, length_label, perplexity
-from infinicontext.evaluation.plots import COLORS, draw
+from infinicontext.evaluation.plots import draw
 from infinicontext.evaluation.report import compare
 from infinicontext.evaluation.runs import read_runs
 
