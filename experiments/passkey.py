@@ -66,7 +66,7 @@ through 16 rows of FAM; never trained on more than 2,048 tokens. Three runs, eac
         --data.shortest 160 160 --data.depths -0.3 1.1 --data.one-document 0.5 --carry nothing --batch-size 12 --steps 240 \
         --optimizer.learning-rate 1e-3 --optimizer.warmup-steps 15
 
-Cost: 110 minutes of training on 2 CPU cores beside other work (28 million tokens at 3,400 to 6,000 tokens/s), 47,000 tokens/s read in
+Cost: 100 minutes of training on 2 CPU cores beside other work (28 million tokens at 3,400 to 6,000 tokens/s), 47,000 tokens/s read in
 evaluation. Its controls were trained for 260 steps on up to 1,024 tokens (--data.lengths 256 1024 --data.stage-steps 180 --data.shortest
 80 80 --steps 260).
 
