@@ -436,6 +436,7 @@ def test_data_sets_count_alike(kinds, monkeypatch):
     found = evaluated(monkeypatch, kind, lambda text, question: "5", lengths=(1024,))
     assert [cell["samples"] for cell in found["cells"]] == [3, 1]
     assert found["by_size"][0]["score"] == 0.5
+    assert found["by_size"][0]["categories"] == {"multi-document": 0, "synthetic": 1}
 
 
 def test_answers_are_kept(tmp_path):

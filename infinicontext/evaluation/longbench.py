@@ -1,4 +1,4 @@
-"""LongBench and InfiniteBench on local files: their scores, and prompts made of the data sets' own configuration.
+"""LongBench on local files: its scores, and prompts made of the data sets' own configuration; and a score of InfiniteBench's.
 
 A folder holds a data set as JSON lines NAME.jsonl (input, context, answers, all_classes) and LongBench's config/dataset2prompt.json and
 config/dataset2maxlen.json, or these two beside the data sets. Chinese data sets need a word splitter and are left out.
@@ -161,6 +161,14 @@ class LongBench:
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """The data set's own."""
         return {"score": long_score(str(question.place), answer, question.answers, question.classes)}
+
+    def averages(self, scores: dict[str, float]) -> dict:
+        """score: the mean of data sets, which count alike however many questions they have; categories: the means of theirs."""
+        by_category: dict[str, list[float]] = {}
+        for name, score in scores.items():
+            by_category.setdefault(DATA_SETS[name].category, []).append(score)
+        means = {category: float(np.mean(values)) for category, values in by_category.items()}
+        return {"score": float(np.mean(list(scores.values()))), "interval": None, "categories": means}
 
     def chance(self, size: int) -> float | None:
         """Not known."""

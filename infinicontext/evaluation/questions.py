@@ -70,6 +70,10 @@ class Kind(Protocol):
         """The score of one who guesses; None: not known."""
         ...
 
+    def averages(self, scores: dict[str, float]) -> dict:
+        """Of kinds whose places are data sets: what their scores come to, in place of the mean over questions."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
@@ -257,8 +261,7 @@ def evaluate_questions(
         numbers = {"prompt_tokens": length, "chance": kind.chance(size)} | ({"samples_per_second": speed} if speed else {})
         by_size.append({"size": size} | whole | numbers)
         if kind.place == "data set":
-            # Data sets count alike, however many questions they have.
-            by_size[-1] |= {"score": float(np.mean([cell["score"] for cell in cells if cell["size"] == size])), "interval": None}
+            by_size[-1] |= kind.averages({cell["place"]: cell["score"] for cell in cells if cell["size"] == size})
         predictions += [
             {"size": size, "place": q.place, "index": q.index, "answer": kept.of(q).text, "answers": list(q.answers)} | s for q, s in scored
         ]
