@@ -30,8 +30,9 @@ from infinicontext.longrope.search import SearchConfig
 from infinicontext.models.streaming import abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.training import weights
+from infinicontext.training.checks import check, check_devices
 from infinicontext.training.evaluate import evaluate_run, is_evaluated
-from infinicontext.training.loop import check, check_devices, describe_step, enable_compilation_cache, train
+from infinicontext.training.loop import describe_step, enable_compilation_cache, train
 from infinicontext.training.run_folder import load_config, versions
 from infinicontext.training.step import make_steps
 

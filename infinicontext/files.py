@@ -1,6 +1,7 @@
 """Files and folders that appear only when they are complete."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -34,6 +35,30 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, work: str) -> Iterator[None]:
+    """Makes a folder and keeps other processes that would do the same work out of it; one that is killed lets go of it.
+
+    Raises:
+      UserError: it cannot be made, or another process works in it.
+    """
+    lock = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is in use by another {work} process") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

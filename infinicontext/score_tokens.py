@@ -1,11 +1,8 @@
 """infinicontext score-tokens: what a reference model makes of each token of a corpus, computed once and kept for selective training."""
 
-import contextlib
-import fcntl
 import functools
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,7 +15,7 @@ from infinicontext import sharding
 from infinicontext.data.corpora import Corpus, load_corpus
 from infinicontext.data.reference import HEADER, header, keep_row, pieces, row_batch, rows
 from infinicontext.errors import UserError
-from infinicontext.files import read_json, write_json
+from infinicontext.files import locked, read_json, write_json
 from infinicontext.models.streaming import Model
 from infinicontext.objectives.selective import Selective, reference_scores
 from infinicontext.training.weights import load_model, parameters_fingerprint, trained_length
@@ -65,31 +62,11 @@ def score_tokens(task: Task, mesh: Mesh) -> None:
         "scores": list(names),
         "dtype": task.dtype,
     }
-    with _writing(task.output):
+    others = [path for path in task.output.iterdir() if path.name != ".lock"] if task.output.is_dir() else []
+    if others and not (task.output / HEADER).exists():
+        raise UserError(f"{task.output} exists and holds no scores; choose a new folder")
+    with locked(task.output, "scoring"):
         _score(task, loaded.model, corpus, about, names, mesh)
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing into it.
-
-    Raises:
-      UserError: it cannot be made, holds something else, or another process writes into it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / HEADER).exists():
-            raise UserError(f"{folder} exists and holds no scores; choose a new folder")
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being written by another process") from None
-        yield
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 def _score(task: Task, model: Model, corpus: Corpus, about: dict, names: tuple[str, ...], mesh: Mesh) -> None:

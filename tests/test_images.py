@@ -23,7 +23,7 @@ from infinicontext.models import MegalodonClassifierConfig, MegalodonConfig, Tra
 from infinicontext.models.megalodon_classifier import GroupNorm
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import NextToken
-from infinicontext.training.loop import check
+from infinicontext.training.checks import check
 
 BLOCKS = MegalodonConfig(
     vocab_size=27, dim=12, layers=2, heads=2, z_dim=8, value_dim=12, feed_forward=16, cema_order=3, chunk=4, norm_groups=3, remat=False

@@ -20,7 +20,8 @@ from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted, row_losses
 from infinicontext.objectives.selective import Selective, of_validation
 from infinicontext.training.checkpoint import Checkpoints
-from infinicontext.training.loop import check, enable_compilation_cache
+from infinicontext.training.checks import check
+from infinicontext.training.loop import enable_compilation_cache
 from infinicontext.training.step import make_steps
 from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore
 

@@ -5,7 +5,6 @@ config.json (experiment, versions, commit, command), metrics.jsonl, tensorboard/
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import pathlib
@@ -18,7 +17,7 @@ import jax
 from infinicontext import models
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment, differences, from_plain, to_plain
-from infinicontext.files import write_json
+from infinicontext.files import locked, write_json
 from infinicontext.nn.parameters import parameter_count
 
 KEPT = "huggingface"  # in a run folder: the small files of the Hugging Face folder it came from
@@ -78,20 +77,10 @@ def lock(workdir: pathlib.Path):
     if jax.process_index() != 0:
         yield
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--workdir {workdir} is in use by another training process") from None
+    with locked(workdir, "training"):
         try:
             yield
         finally:
-            (workdir / ".lock").unlink(missing_ok=True)
             if not (workdir / "config.json").exists() and all(_is_leftover(path) for path in workdir.iterdir()):
                 shutil.rmtree(workdir)
 
