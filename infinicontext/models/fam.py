@@ -309,3 +309,9 @@ def shifted(state: FamState, offset_B: jax.Array, segment_B: jax.Array | int = 1
     instead of 0 (appendix B.2.2)."""
     ones_B = jnp.ones_like(offset_B)
     return state._replace(cursor=state.cursor._replace(position_B=offset_B, document_B=ones_B, segment_B=ones_B * segment_B))
+
+
+def log_size(state: FamState) -> jax.Array:
+    """The logarithm of FAM's root mean square, averaged over all its rows. `training_growth` keeps it down in training: of a FAM that grows
+    with every block, what is written late is a small share."""
+    return 0.5 * jnp.mean(jnp.log(jnp.mean(jnp.square(state.feedback.fam_LBFD), axis=-1) + 1e-6))

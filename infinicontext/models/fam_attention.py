@@ -50,6 +50,7 @@ class FamConfig:
     stop_memory_gradient: bool = False  # no gradient flows to keys and values of earlier blocks
     detach_every: int = 0  # gradients do not flow back through FAM beyond every so many blocks; 0: they do
     training_rereads: int = 0  # times more, on average, that FAM reads a block in training; tokens are read once
+    training_growth: float = 0.0  # weight, in the training loss, of the logarithm of FAM's size after a row (fam.py, log_size)
     schedule: Literal["layers", "blocks"] = "layers"  # blocks: all layers of a block before the next, in constant memory
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
@@ -78,6 +79,11 @@ class FamConfig:
         if self.training_rereads and (self.schedule == "blocks" or not self.fam_length):
             raise UserError(
                 f'model.training_rereads is {self.training_rereads}; it needs model.schedule "layers" and a model.fam_length of 1 or more'
+            )
+        if self.training_growth < 0 or (self.training_growth and not self.fam_length):
+            raise UserError(
+                f"model.training_growth is {self.training_growth:g}, with a model.fam_length of {self.fam_length}; it must be 0 or more, "
+                "and 0 without FAM"
             )
         if self.head_dim is None and self.dim % self.heads:
             raise UserError(
