@@ -469,6 +469,8 @@ def test_state_bytes_and_flops():
         ({"fam_query": "none"}, r"model\.fam_query is none; it must be one of copy, static"),
         ({"schedule": "segments"}, r"model\.schedule is segments; it must be one of layers, blocks"),
         ({"training_rereads": 1, "schedule": "blocks"}, r"model\.training_rereads is 1; it needs model\.schedule"),
+        ({"training_growth": -0.1}, r"model\.training_growth is -0\.1, .*; it must be 0 or more"),
+        ({"training_growth": 1.0, "fam_length": 0}, r"model\.training_growth is 1, with a model\.fam_length of 0; .* 0 without FAM"),
         ({"kv_heads": 3}, r"model\.heads is 4, which is not a multiple of model\.kv_heads, 3"),
     ],
 )
