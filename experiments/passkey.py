@@ -180,20 +180,31 @@ def infini_window() -> Experiment:
 def fam() -> Experiment:
     """TransformerFAM in blocks of 64 that see no block before them: what tokens know from there has passed through 16 rows of FAM."""
     experiment = infini()
+    model = FamConfig(vocab_size=64, dim=128, layers=3, heads=4, block=64, memory_blocks=0, fam_length=16, remat=False)
     return dataclasses.replace(
         experiment,
         name="fam",
-        model=FamConfig(vocab_size=64, dim=128, layers=3, heads=4, block=64, memory_blocks=0, fam_length=16, remat=False),
-        data=dataclasses.replace(experiment.data, lengths=(256, 1024, 2048), shortest=(80, 80, 80)),
-        carry="fam",
+        model=dataclasses.replace(model, training_rereads=2, training_growth=0.2),
+        # Two blocks first: to write to FAM and to read from it is learned in 100 steps where nothing lies between, and hardly otherwise.
+        data=PasskeyData(
+            lengths=(128, 256, 512, 1024, 2048),
+            stage_steps=(150, 100, 150, 200),
+            shortest=(80, 80, 80, 80, 160),
+            depths=(-0.3, 1.1),
+            one_document=0.5,
+        ),
+        optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=50),
+        steps=1000,
+        batch_size=64,
     )
 
 
 def bswa(memory_blocks: int = 1) -> Experiment:
     """The same without FAM, where tokens see so many blocks before their own: TransformerBSWA, its control."""
     experiment = fam()
-    model = dataclasses.replace(experiment.model, fam_length=0, memory_blocks=memory_blocks)
-    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, carry="nothing")
+    model = dataclasses.replace(experiment.model, fam_length=0, training_rereads=0, training_growth=0.0, memory_blocks=memory_blocks)
+    data = dataclasses.replace(experiment.data, stage_steps=(60, 60, 80, 100))
+    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, data=data, steps=400)
 
 
 def fam_and_bswa() -> list[Experiment]:
@@ -202,12 +213,17 @@ def fam_and_bswa() -> list[Experiment]:
 
 
 def fam_ablations() -> list[Experiment]:
-    """FAM with one thing changed: its length, how often it is passed on, no feed-forward, a query that stays the prompt's."""
+    """FAM trained on up to 512 tokens, with one thing changed: its length, no feed-forward in its update, a query that stays the prompt's,
+    how often it is passed on, what training adds."""
     experiment = fam()
-    models = {f"length{rows}": {"fam_length": rows} for rows in (1, 4, 64)}
+    data = dataclasses.replace(experiment.data, lengths=(128, 512), stage_steps=(150,), shortest=(80, 80))
+    evaluation = dataclasses.replace(experiment.evaluation, lengths=(512, 2048, 8192))
+    experiment = dataclasses.replace(experiment, data=data, evaluation=evaluation, steps=400, batch_size=32)
+    models = {"base": {}} | {f"length{rows}": {"fam_length": rows} for rows in (1, 4, 64)}
     models |= {"no_feed_forward": {"fam_feed_forward": False}, "static": {"fam_query": "static"}}
+    models |= {"no_rereads": {"training_rereads": 0}, "no_growth": {"training_growth": 0.0}}
     changed = {name: {"model": dataclasses.replace(experiment.model, **changes)} for name, changes in models.items()}
-    changed |= {f"passed{percent}": {"carry_probability": percent / 100} for percent in (0, 50, 100)}
+    changed |= {f"passed{percent}": {"carry": "fam", "carry_probability": percent / 100} for percent in (50, 80, 100)}
     return [dataclasses.replace(experiment, name=f"fam_{name}", **changes) for name, changes in changed.items()]
 
 
