@@ -25,12 +25,12 @@ def keys() -> Experiment:
     return Experiment(
         name="keys",
         model=TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, remat=False),
-        data=PasskeyData(lengths=(256, 1024), stage_steps=(400,), shortest=(80, 80), depths=(-0.1, 1.1)),
+        data=PasskeyData(lengths=(128, 512, 1024), stage_steps=(120, 120), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(512, 1024, 2048, 4096), passkey=PasskeyEvaluation(samples=20)),
-        steps=700,
-        batch_size=32,
+        steps=400,
+        batch_size=64,
         log_every=20,
         validation_every=100,
         checkpoint_every=100,
@@ -38,18 +38,19 @@ def keys() -> Experiment:
 
 
 def keys_beacon() -> Experiment:
-    """Beacons for it, which alone are trained: on rows of four chunks of 128 tokens, at ratios 2, 4 and 8 drawn for each chunk."""
+    """Beacons for it, which alone are trained: on rows of two and then four chunks of 128 tokens, at ratios 2, 4 and 8 drawn for each
+    chunk."""
     experiment = keys()
     return dataclasses.replace(
         experiment,
         name="keys_beacon",
         model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8)),
-        data=dataclasses.replace(experiment.data, lengths=(512,), stage_steps=(), shortest=(256,)),
+        data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(200,), shortest=(160, 256)),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, train=("beacon",)),
         evaluation=dataclasses.replace(experiment.evaluation, lengths=(512, 1024, 2048, 4096, 8192)),
         start_from="runs/beacon/keys",
         steps=600,
-        batch_size=16,
+        batch_size=32,
     )
 
 

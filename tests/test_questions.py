@@ -30,7 +30,7 @@ from infinicontext.evaluation.lost_in_the_middle import (
 from infinicontext.evaluation.needle import MagicNumber, Needle, first_number
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, landmark_prompt
-from infinicontext.evaluation.questions import Answers, Asking, Question, ask, evaluate_questions
+from infinicontext.evaluation.questions import Answers, Asking, Question, ask, evaluate_questions, majority
 from infinicontext.evaluation.suites import SUITES, suite
 from infinicontext.experiment_file import one_experiment
 from infinicontext.inference.generate import Completion, Generation, generate
@@ -203,6 +203,19 @@ def evaluated(monkeypatch, kind, answer, lengths=(1024, 1500), samples=3):
     return evaluate_questions(None, ByteTokenizer(), "task", kind, Asking(samples), list(lengths), limit=None, segment=64, seed=0)
 
 
+def test_majority():
+    """The commonest of the other answers, of the same task where there are several."""
+    question = lambda place, answer: Question(8, place, 0, np.zeros(1, np.int32), (answer,), answer, 1)
+
+    class Exactly:
+        score = staticmethod(lambda question, answer: {"exact": float(answer == question.answers[0]), "other": 1.0})
+
+    assert majority(Exactly, [question(0.0, "7")]) == 0
+    assert majority(Exactly, [question(depth, str(depth)) for depth in (0.0, 0.5, 1.0)]) == 0
+    assert majority(Exactly, [question(depth, answer) for depth, answer in ((0.0, "a"), (0.5, "a"), (1.0, "a"), (1.0, "b"))]) == 0.75
+    assert majority(Exactly, [question(task, answer) for task, answer in (("1", "a"), ("1", "a"), ("2", "b"), ("2", "b"))]) == 1
+
+
 @pytest.mark.parametrize(
     "task", ["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
 )
@@ -218,6 +231,8 @@ def test_who_reads_the_prompt_knows(kinds, monkeypatch, task):
     assert {cell["score"] for cell in silent["cells"]} == {0}
     assert found["prompts"] == silent["prompts"]
     for entry in found["by_size"]:
+        # The needle is the same sentence everywhere; a key or a number is nowhere twice.
+        assert {"needle": entry["majority"] == 1}.get(task, entry["majority"] < (0.75 if task in ("babilong", "longbench") else 0.01))
         assert entry["chance"] is None if task == "longbench" else 0 <= entry["chance"] < 0.5
         if kind.size == "tokens" and task not in ("passkey_landmark", "babilong"):
             assert entry["prompt_tokens"] <= entry["size"]

@@ -39,6 +39,14 @@ def test_every_question_has_one_answer(gap):
         assert np.isin(inputs_L, list(pairs)).sum() == 16
 
 
+def test_official_filler():
+    """Only what would be zeros differs, and keys are among it."""
+    (plain_NL, labels_NL), (inputs_NL, same_NL) = (mqar(32, 20, 128, 3, num_kv_pairs=8, filler=filler) for filler in ("zeros", "official"))
+    np.testing.assert_array_equal(labels_NL, same_NL)
+    np.testing.assert_array_equal(np.where(plain_NL, inputs_NL, 0), plain_NL)
+    assert set(inputs_NL[plain_NL == 0]) == set(range(32))
+
+
 def test_batches():
     data = RecallData(vocab_size=64, length=32, pairs=(2, 4))
     batches = train_batches(data, 6, seed=1, step=0)
@@ -129,7 +137,7 @@ def test_command(tmp_path, monkeypatch):
         ({"length": 63}, "recall takes an even length and gap, not 63 and 0"),
         ({"gap": 50}, "8 pairs and a gap of 50"),
         ({"vocab_size": 17}, "not 64 and 17"),
-        ({"filler": "keys"}, r"data\.filler is keys; it must be one of zeros, random"),
+        ({"filler": "keys"}, r"data\.filler is keys; it must be one of zeros, random, official"),
         ({"power": 0.0}, r"data\.power is 0\.0"),
     ],
 )

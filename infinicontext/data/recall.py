@@ -10,9 +10,9 @@ import numpy as np
 
 from infinicontext.errors import UserError
 
-# What stands between the queries. zeros: the token 0, which is nothing else. random: any tokens but the example's keys; the original's may
-# be keys, which leaves most examples with two answers to a question.
-Filler = Literal["zeros", "random"]
+# What stands between the queries. zeros: the token 0, which is nothing else. random: any tokens but the example's keys. official: any
+# tokens, as in the original, but seeded; of a small vocabulary they are often keys, which leaves questions with two answers.
+Filler = Literal["zeros", "random", "official"]
 NO_LABEL = -100
 
 
@@ -64,6 +64,9 @@ def mqar(
     asked_NP = 2 * P + gap + 2 * slots_NP
     np.put_along_axis(inputs_NL, asked_NP, keys_NP, axis=1)
     np.put_along_axis(labels_NL, asked_NP, values_NP, axis=1)
+    if filler == "official":
+        empty_NL = inputs_NL == 0
+        inputs_NL[empty_NL] = rng.randint(vocab_size, size=empty_NL.sum())
     if filler == "random":
         for inputs_L, keys_P in zip(inputs_NL, keys_NP):
             empty = inputs_L == 0

@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -231,8 +232,8 @@ def evaluate_questions(
 
     Returns:
       protocol, mode, seed, prompts (SHA-256 of all of them), size, place; cells: the mean scores with a 95% interval by size and place;
-      by_size: the same over all places, the score of one who guesses, the mean length of the prompts and the speed; skipped: sizes with
-      the reason; predictions: on request.
+      by_size: the same over all places, the scores of one who guesses and of the `majority`, the prompts' mean length and the speed;
+      skipped: sizes with the reason; predictions: on request.
     """
     kept = Answers(
         file, (about or {}) | {"kind": dataclasses.asdict(kind), "mode": asking.mode, "seed": seed, "tokenizer": tokenizer.fingerprint()}
@@ -258,7 +259,8 @@ def evaluate_questions(
         # What is known without documents, and with nothing but the right one, is there to compare with and no position.
         whole = _summary([scores for q, scores in scored if kind.place != "position" or not isinstance(q.place, str)])
         length = float(np.mean([len(question.prompt_P) for question in questions]))
-        numbers = {"prompt_tokens": length, "chance": kind.chance(size)} | ({"samples_per_second": speed} if speed else {})
+        numbers = {"prompt_tokens": length, "chance": kind.chance(size), "majority": majority(kind, questions)}
+        numbers |= {"samples_per_second": speed} if speed else {}
         by_size.append({"size": size} | whole | numbers)
         if kind.place == "data set":
             by_size[-1] |= kind.averages({cell["place"]: cell["score"] for cell in cells if cell["size"] == size})
@@ -266,7 +268,8 @@ def evaluate_questions(
             {"size": size, "place": q.place, "index": q.index, "answer": kept.of(q).text, "answers": list(q.answers)} | s for q, s in scored
         ]
         guessed = "not known" if kind.chance(size) is None else f"{100 * kind.chance(size):.1f}%"
-        say(f"{task} {kind.size} {size}: {100 * by_size[-1]['score']:.1f}% of {whole['samples']}, chance {guessed}")
+        score, usual = (f"{100 * by_size[-1][name]:.1f}%" for name in ("score", "majority"))
+        say(f"{task} {kind.size} {size}: {score} of {whole['samples']}, chance {guessed}, the usual answer {usual}")
     how = {
         "generate": "decoded greedily",
         "teacher_forced": "teacher-forced: the right answer is read, and the score is 1 where each of its tokens is the likeliest",
@@ -282,6 +285,18 @@ def evaluate_questions(
         "by_size": by_size,
         "skipped": skipped,
     } | ({"predictions": predictions} if asking.predictions else {})
+
+
+def majority(kind: Kind, questions: Sequence[Question]) -> float:
+    """The score of one who reads nothing, but gives the commonest answer to the other questions (of the same data set or task)."""
+    group = lambda question: question.place if isinstance(question.place, str) else ""
+    answers = {name: Counter(q.answers[0] for q in questions if group(q) == name) for name in {group(q) for q in questions}}
+    scores = []
+    for question in questions:
+        others = answers[group(question)] - Counter(question.answers[:1])
+        usual = max(sorted(others), key=others.__getitem__, default="")
+        scores.append(next(iter(kind.score(question, usual).values())))
+    return float(np.mean(scores))
 
 
 def _scores(kind: Kind, question: Question, answer: Answer) -> dict[str, float]:
