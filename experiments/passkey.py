@@ -203,8 +203,8 @@ def bswa(memory_blocks: int = 1) -> Experiment:
     """The same without FAM, where tokens see so many blocks before their own: TransformerBSWA, its control."""
     experiment = fam()
     model = dataclasses.replace(experiment.model, fam_length=0, training_rereads=0, training_growth=0.0, memory_blocks=memory_blocks)
-    data = dataclasses.replace(experiment.data, stage_steps=(60, 60, 80, 100))
-    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, data=data, steps=400)
+    data = dataclasses.replace(experiment.data, stage_steps=(50, 50, 60, 60))
+    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, data=data, steps=260)
 
 
 def fam_and_bswa() -> list[Experiment]:
@@ -218,7 +218,7 @@ def fam_ablations() -> list[Experiment]:
     experiment = fam()
     data = dataclasses.replace(experiment.data, lengths=(128, 512), stage_steps=(150,), shortest=(80, 80))
     evaluation = dataclasses.replace(experiment.evaluation, lengths=(512, 2048, 8192))
-    experiment = dataclasses.replace(experiment, data=data, evaluation=evaluation, steps=400, batch_size=32)
+    experiment = dataclasses.replace(experiment, data=data, evaluation=evaluation, steps=350, batch_size=32)
     models = {"base": {}} | {f"length{rows}": {"fam_length": rows} for rows in (1, 4, 64)}
     models |= {"no_feed_forward": {"fam_feed_forward": False}, "static": {"fam_query": "static"}}
     models |= {"no_rereads": {"training_rereads": 0}, "no_growth": {"training_growth": 0.0}}
