@@ -184,17 +184,17 @@ def fam() -> Experiment:
     return dataclasses.replace(
         experiment,
         name="fam",
-        model=dataclasses.replace(model, training_rereads=2, training_growth=0.2),
+        model=dataclasses.replace(model, training_rereads=2, training_growth=0.1, detach_every=8),
         # Two blocks first: to write to FAM and to read from it is learned in 100 steps where nothing lies between, and hardly otherwise.
         data=PasskeyData(
             lengths=(128, 256, 512, 1024, 2048),
-            stage_steps=(150, 100, 150, 200),
+            stage_steps=(150, 100, 150, 150),
             shortest=(80, 80, 80, 80, 160),
             depths=(-0.3, 1.1),
             one_document=0.5,
         ),
         optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=50),
-        steps=1000,
+        steps=800,
         batch_size=64,
     )
 
