@@ -18,7 +18,8 @@ from infinicontext.data.recall import RecallData
 from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.babilong import BabiLong, background, correct, own_story, scattered, stories, texts
-from infinicontext.evaluation.longbench import LongBench, classification, infinitebench_words, long_score, middle_cut
+from infinicontext.evaluation.infinitebench import InfiniteBench, among_words
+from infinicontext.evaluation.longbench import LongBench, classification, long_score, middle_cut
 from infinicontext.evaluation.lost_in_the_middle import (
     Documents,
     KeyValue,
@@ -114,8 +115,8 @@ def test_long_scores():
     classes = ["Number", "code", "Number code"]
     assert classification("Number code", "Number code", classes) == 0.5
     assert classification("Number code", "Number code", classes, official=False) == 1
-    assert infinitebench_words('The value is: "a-b-c".', "a-b-c") == 1
-    assert infinitebench_words("a-b-cd", "a-b-c") == 0
+    assert among_words('The value is: "a-b-c".', "a-b-c") == 1
+    assert among_words("a-b-cd", "a-b-c") == 0
     assert middle_cut(np.arange(9), 5).tolist() == [0, 1, 6, 7, 8]
 
 
@@ -133,6 +134,9 @@ def kinds(tmp_path):
     (folder / "hotpotqa.jsonl").write_text(
         "".join(json.dumps({"input": f"who is {n}?", "context": f"{TEXT} {n} is N{n}.", "answers": [f"N{n}"]}) + "\n" for n in range(3))
     )
+    for name, keys in (("passkey", (12345, 54321)), ("kv_retrieval", ("u-1", "u-2"))):
+        rows = [{"context": f"{TEXT} It is {key}.", "input": "What is it?", "answer": [key] if name == "passkey" else key} for key in keys]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "{context}\n{input} Answer:"}))
     (folder / "dataset2maxlen.json").write_text(json.dumps({"hotpotqa": 8}))
     return {
@@ -144,6 +148,7 @@ def kinds(tmp_path):
         "documents": (Documents((5, 10)), r"Question: who is (the \w+ of \w+)"),
         "babilong": (BabiLong(books=source, splitter="regex"), FACT),
         "longbench": (LongBench(str(folder), ("hotpotqa",)), r" is (N\d)\."),
+        "infinitebench": (InfiniteBench(str(folder)), r"is (\d{5}|u-\d)\."),
     }
 
 
@@ -217,7 +222,8 @@ def test_majority():
 
 
 @pytest.mark.parametrize(
-    "task", ["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
+    "task",
+    ["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench", "infinitebench"],
 )
 def test_who_reads_the_prompt_knows(kinds, monkeypatch, task):
     kind, pattern = kinds[task]

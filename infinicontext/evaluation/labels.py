@@ -11,6 +11,7 @@ QUESTION_TITLES = {
     "documents": "Questions with documents",
     "babilong": "BABILong",
     "longbench": "LongBench",
+    "infinitebench": "InfiniteBench",
     "recall": "Associative recall",
 }
 

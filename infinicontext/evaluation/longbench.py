@@ -1,4 +1,4 @@
-"""LongBench on local files: its scores, and prompts made of the data sets' own configuration; and a score of InfiniteBench's.
+"""LongBench on local files: its scores, and prompts made of the data sets' own configuration.
 
 A folder holds a data set as JSON lines NAME.jsonl (input, context, answers, all_classes) and LongBench's config/dataset2prompt.json and
 config/dataset2maxlen.json, or these two beside the data sets. Chinese data sets need a word splitter and are left out.
@@ -63,11 +63,6 @@ def code_similarity(answer: str, reference: str) -> float:
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
     return similarity(line, reference)
-
-
-def infinitebench_words(answer: str, reference: str) -> float:
-    """Whether the reference is one of the answer's words (key-value retrieval)."""
-    return float(reference in re.sub(r"[\n:\"'.,?!{}]", " ", answer).split())
 
 
 class DataSet(NamedTuple):

@@ -18,6 +18,7 @@ from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.babilong import BabiLong
 from infinicontext.evaluation.document_perplexity import DocumentPerplexityEvaluation, evaluate_document_perplexity
+from infinicontext.evaluation.infinitebench import InfiniteBench
 from infinicontext.evaluation.longbench import LongBench
 from infinicontext.evaluation.lost_in_the_middle import Documents, KeyValue
 from infinicontext.evaluation.needle import MagicNumber, Needle
@@ -32,7 +33,9 @@ from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model, abstract_state_bytes
 
 # Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
-Questions = Literal["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench"]
+Questions = Literal[
+    "passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench", "infinitebench"
+]
 # selection and categories are of selective language modelling (evaluation/selection.py).
 Task = Literal[
     "perplexity", "document_perplexity", "passkey", "accuracy", "summarisation", "ruler", "recall", Questions, "selection", "categories"
@@ -63,6 +66,7 @@ class Evaluation:
     documents: Documents = Documents()
     babilong: BabiLong = BabiLong()
     longbench: LongBench = LongBench()
+    infinitebench: InfiniteBench = InfiniteBench()
     recall: RecallEvaluation = RecallEvaluation()
 
     def __post_init__(self):

@@ -50,7 +50,11 @@ def write_questions(
     if unknown := [task for task in tasks if task not in ALLOWED]:
         raise UserError(f"--tasks has {unknown[0]}; it must be of {', '.join(ALLOWED)}")
     for task in tasks:
-        if task in ("needle", "longbench") or getattr(getattr(evaluation, task, None), "file", "") or _facts(evaluation, task):
+        if (
+            task in ("needle", "longbench", "infinitebench")
+            or getattr(getattr(evaluation, task, None), "file", "")
+            or _facts(evaluation, task)
+        ):
             raise UserError(f"--tasks has {task}, whose questions are always the same; a model trained on them could not be asked any")
     if seed in (evaluation.seed, evaluation.ruler.seed, *SUITE_SEEDS):
         raise UserError(f"--seed is {seed}, which the evaluation asks by; training questions take another")
