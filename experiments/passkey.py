@@ -219,11 +219,11 @@ def fam_ablations() -> list[Experiment]:
     data = dataclasses.replace(experiment.data, lengths=(128, 512), stage_steps=(150,), shortest=(80, 80))
     evaluation = dataclasses.replace(experiment.evaluation, lengths=(512, 2048, 8192))
     experiment = dataclasses.replace(experiment, data=data, evaluation=evaluation, steps=350, batch_size=32)
-    models = {"base": {}} | {f"length{rows}": {"fam_length": rows} for rows in (1, 4, 64)}
-    models |= {"no_feed_forward": {"fam_feed_forward": False}, "static": {"fam_query": "static"}}
-    models |= {"no_rereads": {"training_rereads": 0}, "no_growth": {"training_growth": 0.0}}
+    models = {"base": {}, "static": {"fam_query": "static"}, "no_feed_forward": {"fam_feed_forward": False}}
+    models |= {"no_growth": {"training_growth": 0.0}, "no_rereads": {"training_rereads": 0}}
+    models |= {f"length{rows}": {"fam_length": rows} for rows in (4, 64)}
     changed = {name: {"model": dataclasses.replace(experiment.model, **changes)} for name, changes in models.items()}
-    changed |= {f"passed{percent}": {"carry": "fam", "carry_probability": percent / 100} for percent in (50, 80, 100)}
+    changed |= {f"passed{percent}": {"carry": "fam", "carry_probability": percent / 100} for percent in (80, 100)}
     return [dataclasses.replace(experiment, name=f"fam_{name}", **changes) for name, changes in changed.items()]
 
 
