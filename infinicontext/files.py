@@ -38,8 +38,8 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, work: str) -> Iterator[None]:
-    """Makes a folder and keeps other processes that would do the same work out of it; one that is killed lets go of it.
+def locked(folder: pathlib.Path, work: str, name: str) -> Iterator[None]:
+    """Makes a folder, which errors call `name`, and keeps other processes of the same work out of it; one that is killed lets go of it.
 
     Raises:
       UserError: it cannot be made, or another process works in it.
@@ -49,12 +49,12 @@ def locked(folder: pathlib.Path, work: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"{name} cannot be made: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder} is in use by another {work} process") from None
+            raise UserError(f"{name} is in use by another {work} process") from None
         try:
             yield
         finally:

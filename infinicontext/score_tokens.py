@@ -65,7 +65,7 @@ def score_tokens(task: Task, mesh: Mesh) -> None:
     others = [path for path in task.output.iterdir() if path.name != ".lock"] if task.output.is_dir() else []
     if others and not (task.output / HEADER).exists():
         raise UserError(f"{task.output} exists and holds no scores; choose a new folder")
-    with locked(task.output, "scoring"):
+    with locked(task.output, "scoring", str(task.output)):
         _score(task, loaded.model, corpus, about, names, mesh)
 
 

@@ -77,7 +77,7 @@ def lock(workdir: pathlib.Path):
     if jax.process_index() != 0:
         yield
         return
-    with locked(workdir, "training"):
+    with locked(workdir, "training", f"--workdir {workdir}"):
         try:
             yield
         finally:
