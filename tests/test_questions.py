@@ -538,6 +538,8 @@ def test_command(tmp_path, monkeypatch):
         (lambda: Documents(counts=()), r"evaluation\.documents\.counts is \(\)"),
         (lambda: BabiLong(tasks=("qa4",)), r"evaluation\.babilong\.tasks has qa4"),
         (lambda: LongBench(data_sets=("vcsum",)), r"evaluation\.longbench\.data_sets has vcsum"),
+        (lambda: InfiniteBench(data_sets=()), r"evaluation\.infinitebench\.data_sets is empty; it must be of passkey"),
+        (lambda: InfiniteBench("nowhere").questions(ByteTokenizer(), 64, 1, 0), r"there are no passkey\.jsonl, .* in nowhere"),
         (
             lambda: Documents(file="none.jsonl").questions(ByteTokenizer(), 5, 1, 0),
             r"evaluation\.documents\.file none.jsonl cannot be read",

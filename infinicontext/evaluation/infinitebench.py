@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 from infinicontext.data.corpora import json_lines
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
-from infinicontext.evaluation.longbench import middle_cut
+from infinicontext.evaluation.longbench import check_data_sets, middle_cut
 from infinicontext.evaluation.needle import first_number
 from infinicontext.evaluation.questions import Question, with_start
 
@@ -50,9 +50,7 @@ class InfiniteBench:
     place: ClassVar[str] = "data set"
 
     def __post_init__(self):
-        if not self.data_sets or (unknown := [name for name in self.data_sets if name not in DATA_SETS]):
-            has = f"has {unknown[0]}" if self.data_sets else "is empty"
-            raise UserError(f"evaluation.infinitebench.data_sets {has}; it must be of {', '.join(DATA_SETS)}")
+        check_data_sets("infinitebench", self.data_sets, DATA_SETS)
 
     def protocol(self) -> str:
         """See `Kind`."""

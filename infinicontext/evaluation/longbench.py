@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -101,6 +101,13 @@ def middle_cut(ids: np.ndarray, room: int) -> np.ndarray:
     return ids if len(ids) <= room else np.concatenate([ids[: room // 2], ids[len(ids) - (room - room // 2) :]])
 
 
+def check_data_sets(task: str, chosen: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError unless there are some, all of them known."""
+    if not chosen or (unknown := [name for name in chosen if name not in known]):
+        has = f"has {unknown[0]}" if chosen else "is empty"
+        raise UserError(f"evaluation.{task}.data_sets {has}; it must be of {', '.join(known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LongBench:
     """The data sets of a folder; of longer prompts the middle is left out, so that their tokens and those of an answer are the length."""
@@ -112,9 +119,7 @@ class LongBench:
     place: ClassVar[str] = "data set"
 
     def __post_init__(self):
-        if not self.data_sets or (unknown := [name for name in self.data_sets if name not in DATA_SETS]):
-            has = f"has {unknown[0]}" if self.data_sets else "is empty"
-            raise UserError(f"evaluation.longbench.data_sets {has}; it must be of {', '.join(DATA_SETS)}")
+        check_data_sets("longbench", self.data_sets, DATA_SETS)
 
     def protocol(self) -> str:
         """See `Kind`."""
