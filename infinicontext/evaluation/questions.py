@@ -244,11 +244,13 @@ def evaluate_questions(
             questions = kind.questions(tokenizer, size, asking.samples, seed)
         except UserError as error:
             skipped.append({"size": size, "reason": str(error)})
+            say(f"{task} {kind.size} {size}: left out, {error}")
             continue
         longest = max(len(question.prompt_P) + question.new_tokens for question in questions)
         if limit is not None and longest > limit:
             reason = f"{longest} tokens, but the state grows with length and evaluation.capacity is {limit}"
             skipped.append({"size": size, "reason": reason})
+            say(f"{task} {kind.size} {size}: left out, {reason}")
             continue
         for question in questions:
             digest.update(question.prompt_P.tobytes())
@@ -257,9 +259,10 @@ def evaluate_questions(
         places = dict.fromkeys(question.place for question in questions)
         cells += [{"size": size, "place": place} | _summary([s for q, s in scored if q.place == place]) for place in places]
         # What is known without documents, and with nothing but the right one, is there to compare with and no position.
-        whole = _summary([scores for q, scores in scored if kind.place != "position" or not isinstance(q.place, str)])
+        counts = [(q, scores) for q, scores in scored if kind.place != "position" or not isinstance(q.place, str)]
+        whole = _summary([scores for _, scores in counts])
         length = float(np.mean([len(question.prompt_P) for question in questions]))
-        numbers = {"prompt_tokens": length, "chance": kind.chance(size), "majority": majority(kind, questions)}
+        numbers = {"prompt_tokens": length, "chance": kind.chance(size), "majority": majority(kind, [q for q, _ in counts])}
         numbers |= {"samples_per_second": speed} if speed else {}
         by_size.append({"size": size} | whole | numbers)
         if kind.place == "data set":
