@@ -221,32 +221,53 @@ def fam() -> Experiment:
     return dataclasses.replace(
         experiment,
         name="fam",
-        model=dataclasses.replace(model, training_rereads=2, training_growth=0.1, detach_every=8),
+        model=dataclasses.replace(model, fam_limit=2.0, training_rereads=3, detach_every=8),
         # Two blocks first: to write to FAM and to read from it is learned in 100 steps where nothing lies between, and hardly otherwise.
-        data=PasskeyData(
-            lengths=(128, 256, 512, 1024, 2048),
-            stage_steps=(150, 100, 150, 150),
-            shortest=(80, 80, 80, 80, 160),
-            depths=(-0.3, 1.1),
-            one_document=0.5,
-        ),
+        data=PasskeyData(lengths=(128, 256, 512), stage_steps=(120, 80), shortest=(80, 80, 80), depths=(-0.3, 1.1), one_document=0.25),
         optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=50),
-        steps=800,
+        steps=900,
         batch_size=64,
+    )
+
+
+def fam_kept() -> Experiment:
+    """Goes on from `fam`: what it has read is to be kept over more updates."""
+    experiment = fam()
+    return dataclasses.replace(
+        experiment,
+        name="fam_kept",
+        model=dataclasses.replace(experiment.model, training_rereads=6),
+        data=dataclasses.replace(experiment.data, lengths=(512,), stage_steps=(), shortest=(80,)),
+        optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=20),
+        start_from="runs/fam",
+        steps=450,
+        batch_size=16,
     )
 
 
 def bswa(memory_blocks: int = 1) -> Experiment:
     """The same without FAM, where tokens see so many blocks before their own: TransformerBSWA, its control."""
     experiment = fam()
-    model = dataclasses.replace(experiment.model, fam_length=0, training_rereads=0, training_growth=0.0, memory_blocks=memory_blocks)
-    data = dataclasses.replace(experiment.data, stage_steps=(50, 50, 60, 60))
-    return dataclasses.replace(experiment, name=f"bswa_m{memory_blocks}", model=model, data=data, steps=260)
+    without = {"fam_length": 0, "fam_limit": 0.0, "training_rereads": 0}
+    data = PasskeyData(
+        lengths=(128, 256, 512, 1024, 2048),
+        stage_steps=(50, 50, 60, 60),
+        shortest=(80, 80, 80, 80, 160),
+        depths=(-0.3, 1.1),
+        one_document=0.5,
+    )
+    return dataclasses.replace(
+        experiment,
+        name=f"bswa_m{memory_blocks}",
+        model=dataclasses.replace(experiment.model, memory_blocks=memory_blocks, **without),
+        data=data,
+        steps=260,
+    )
 
 
-def fam_and_bswa() -> list[Experiment]:
-    """FAM, and BSWA with 0 to 4 blocks before a token's own."""
-    return [fam(), *map(bswa, range(5))]
+def bswas() -> list[Experiment]:
+    """BSWA with 0 to 4 blocks before a token's own."""
+    return [*map(bswa, range(5))]
 
 
 def fam_ablations() -> list[Experiment]:
@@ -257,7 +278,7 @@ def fam_ablations() -> list[Experiment]:
     evaluation = dataclasses.replace(experiment.evaluation, lengths=(512, 2048, 8192))
     experiment = dataclasses.replace(experiment, data=data, evaluation=evaluation, steps=350, batch_size=32)
     models = {"base": {}, "static": {"fam_query": "static"}, "no_feed_forward": {"fam_feed_forward": False}}
-    models |= {"no_growth": {"training_growth": 0.0}, "no_rereads": {"training_rereads": 0}}
+    models |= {"no_limit": {"fam_limit": 0.0}, "no_rereads": {"training_rereads": 0}}
     models |= {f"length{rows}": {"fam_length": rows} for rows in (4, 64)}
     changed = {name: {"model": dataclasses.replace(experiment.model, **changes)} for name, changes in models.items()}
     changed |= {f"passed{percent}": {"carry": "fam", "carry_probability": percent / 100} for percent in (80, 100)}

@@ -15,7 +15,6 @@ from infinicontext.data.pipeline import CorpusData, PasskeyData, train_batches
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.models import AdaptedConfig, FamConfig, InfiniConfig, TransformerConfig
-from infinicontext.models.fam import log_size
 from infinicontext.nn.lora import Lora
 from infinicontext.objectives.next_token import token_weights, weighted_loss
 from infinicontext.sharding import MeshConfig, make_mesh
@@ -103,18 +102,6 @@ def test_rows_that_end_begin_anew(going_on):
     empty = empty._replace(cursor=empty.cursor._replace(count_B=last.cursor.count_B))
     read = jax.jit(lambda state: model.hidden(batch["tokens"][:, :8], state, batch["segment_ids"][:, :8])[0])
     np.testing.assert_allclose(read(last), read(empty), atol=1e-5)
-
-
-def test_growth_is_weighed(passing):
-    """The loss is that without it and the weighted size of the FAM that rows end with, over microbatches, too."""
-    plain = dataclasses.replace(passing, carry="nothing")
-    weighed = dataclasses.replace(plain, model=dataclasses.replace(FAM, training_growth=0.5))
-    (before, after), (batch,), (loss,) = run(weighed, count=1)
-    expected, state = loss_from(plain, before.model, None, batch)
-    np.testing.assert_allclose(loss, expected + 0.5 * float(log_size(state)), rtol=1e-5)
-    halves, _, (again,) = run(dataclasses.replace(weighed, accumulation=2), count=1)
-    np.testing.assert_allclose(again, loss, rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), halves[1].model, after.model)
 
 
 @pytest.mark.parametrize("kind", [FAM, AdaptedConfig(FAM, Lora(rank=2))], ids=["fam", "adapted"])

@@ -281,7 +281,9 @@ def definition(model, tokens_T):
             seen_XY = np.concatenate([np.broadcast_to(fam_sees, (F, past + F + C)), token_sees])
             attention_XD = attended(block, np.concatenate([q_F, q_C]), keys, values, seen_XY)
             fam_FD = attention_XD[:F] + (0 if start == 0 else source_FD)
-            fam[layer] = fed_forward(block, fam_FD) if config.fam_feed_forward else fam_FD
+            fam_FD = fed_forward(block, fam_FD) if config.fam_feed_forward else fam_FD
+            size_F1 = np.sqrt(np.mean(fam_FD**2, axis=-1, keepdims=True))
+            fam[layer] = fam_FD * np.minimum(config.fam_limit / size_F1, 1) if config.fam_limit else fam_FD
             x_CD = fed_forward(block, x_CD + attention_XD[F:])
             memory[layer].append((k_C, v_C))
         outputs.append(norm(x_CD, array(model.norm.scale)))
@@ -295,8 +297,9 @@ def definition(model, tokens_T):
         {"fam_length": 1, "memory_blocks": 0, "fam_positions": "fractional", "heads": 2},
         {"fam_length": 6, "fam_feed_forward": False, "fam_positions": "zero"},
         {"fam_query": "static"},
+        {"fam_limit": 0.4},
     ],
-    ids=["F=C, MQA", "F=1, m=0", "F>C", "static"],
+    ids=["F=C, MQA", "F=1, m=0", "F>C", "static", "limited"],
 )
 def test_equals_the_definition(options, float64):
     model, tokens_T = built(changed(TINY, **options)), tokens_of(0, 20)
@@ -469,8 +472,8 @@ def test_state_bytes_and_flops():
         ({"fam_query": "none"}, r"model\.fam_query is none; it must be one of copy, static"),
         ({"schedule": "segments"}, r"model\.schedule is segments; it must be one of layers, blocks"),
         ({"training_rereads": 1, "schedule": "blocks"}, r"model\.training_rereads is 1; it needs model\.schedule"),
-        ({"training_growth": -0.1}, r"model\.training_growth is -0\.1, .*; it must be 0 or more"),
-        ({"training_growth": 1.0, "fam_length": 0}, r"model\.training_growth is 1, with a model\.fam_length of 0; .* 0 without FAM"),
+        ({"fam_limit": -1.0}, r"model\.fam_limit is -1, .*; it must be 0 or more, and 0 without FAM"),
+        ({"fam_limit": 4.0, "fam_length": 0}, r"model\.fam_limit is 4, with a model\.fam_length of 0; .* 0 without FAM"),
         ({"kv_heads": 3}, r"model\.heads is 4, which is not a multiple of model\.kv_heads, 3"),
     ],
 )

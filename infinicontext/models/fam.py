@@ -28,8 +28,6 @@ from infinicontext.nn.parameters import at_least_float32, normal, stack, use
 from infinicontext.nn.rope import rotation
 from infinicontext.sharding import constrain
 
-FREE_SIZE = 4.0  # a FAM much smaller than what a block adds to it keeps nothing, and gradients through many blocks explode
-
 
 class FamState(NamedTuple):
     """Everything the model remembers, of constant size.
@@ -311,9 +309,3 @@ def shifted(state: FamState, offset_B: jax.Array, segment_B: jax.Array | int = 1
     instead of 0 (appendix B.2.2)."""
     ones_B = jnp.ones_like(offset_B)
     return state._replace(cursor=state.cursor._replace(position_B=offset_B, document_B=ones_B, segment_B=ones_B * segment_B))
-
-
-def log_size(state: FamState) -> jax.Array:
-    """The logarithm of FAM's root mean square, averaged over all its rows and counted from about FREE_SIZE on. `training_growth` keeps it
-    down in training: of a FAM that grows with every block, what is written late is a small share."""
-    return 0.5 * jnp.mean(jnp.log1p(jnp.mean(jnp.square(state.feedback.fam_LBFD / FREE_SIZE), axis=-1)))

@@ -46,11 +46,11 @@ class FamConfig:
     fam_positions: Literal["last", "fractional", "zero"] = "last"  # those of the last tokens before the block, between it and them, or 0
     fam_query: Literal["copy", "static"] = "copy"  # static: query and residual of an update are the prompt's, not those of the FAM before
     fam_feed_forward: bool = True  # an update ends with the layer's feed-forward
+    fam_limit: float = 0.0  # root mean square that a larger row of FAM is scaled down to after an update; 0: it grows, as in the paper
     random_offsets: bool = False  # in training half of the rows begin at a random position instead of 0
     stop_memory_gradient: bool = False  # no gradient flows to keys and values of earlier blocks
     detach_every: int = 0  # gradients do not flow back through FAM beyond every so many blocks; 0: they do
     training_rereads: int = 0  # times more, on average, that FAM reads a block in training; tokens are read once
-    training_growth: float = 0.0  # weight, in the training loss, of the logarithm of FAM's size after a row (fam.py, log_size)
     schedule: Literal["layers", "blocks"] = "layers"  # blocks: all layers of a block before the next, in constant memory
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
@@ -80,9 +80,9 @@ class FamConfig:
             raise UserError(
                 f'model.training_rereads is {self.training_rereads}; it needs model.schedule "layers" and a model.fam_length of 1 or more'
             )
-        if self.training_growth < 0 or (self.training_growth and not self.fam_length):
+        if self.fam_limit < 0 or (self.fam_limit and not self.fam_length):
             raise UserError(
-                f"model.training_growth is {self.training_growth:g}, with a model.fam_length of {self.fam_length}; it must be 0 or more, "
+                f"model.fam_limit is {self.fam_limit:g}, with a model.fam_length of {self.fam_length}; it must be 0 or more, "
                 "and 0 without FAM"
             )
         if self.head_dim is None and self.dim % self.heads:
@@ -154,6 +154,7 @@ class FamConfig:
                 memory_blocks=2,
                 fam_length=1,
                 fam_positions="fractional",
+                fam_limit=0.4,
                 detach_every=2,
                 rope=RopeConfig("dynamic", factor=2.0, original_length=16),
                 remat=False,

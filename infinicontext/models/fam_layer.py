@@ -101,7 +101,11 @@ class Block(nnx.Module):
         o_BFHK = attention.attend(q_BFHK, keys, values, seen_BFX)
         residual_BFD = fam_BFD if config.fam_query == "copy" else jnp.broadcast_to(first_FD[None], fam_BFD.shape)
         residual_BFD = jnp.where(fresh_B[:, None, None], 0, residual_BFD)
-        return self.finish(residual_BFD, o_BFHK, feed_forward=config.fam_feed_forward)
+        fam_BFD = self.finish(residual_BFD, o_BFHK, feed_forward=config.fam_feed_forward)
+        if config.fam_limit:
+            square_BF1 = jnp.mean(jnp.square(fam_BFD / config.fam_limit), axis=-1, keepdims=True)
+            fam_BFD = fam_BFD * jax.lax.rsqrt(jnp.maximum(square_BF1, 1))
+        return fam_BFD
 
     def feed_back(self, own: Cache, fam_BFD: jax.Array, first_FD: jax.Array, call: Call, *, packed: bool) -> tuple[Cache, jax.Array, Cache]:
         """Block after block, on the rows of FAM alone.

@@ -26,7 +26,7 @@ from infinicontext.nn.parameters import at_least_float32
 OFFSETS = 62_832  # random positions are below 2 pi times the rotary base
 
 
-def inner(config: ModelConfig) -> ModelConfig:
+def _inner(config: ModelConfig) -> ModelConfig:
     """The model's own config, without adapters."""
     return config.model if isinstance(config, models.AdaptedConfig) else config
 
@@ -40,9 +40,9 @@ def nothing_yet(experiment: Experiment, model: Model) -> Any:
     if experiment.carry == "nothing":
         return None
     if experiment.carry == "fam":
-        config = inner(experiment.model)
+        config = _inner(experiment.model)
         return jnp.zeros((config.layers, config.fam_length, config.dim), at_least_float32(config.dtype))
-    if isinstance(inner(experiment.model), models.BeaconConfig):
+    if isinstance(_inner(experiment.model), models.BeaconConfig):
         raise UserError("carry is rows, but in training a text's last chunk in a row has no beacons, so a memory of them cannot go on")
     state = jax.tree.map(jnp.asarray, model.init_state(experiment.batch_size, experiment.train_length))
     if model.room(state) is not None:
@@ -62,7 +62,7 @@ def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.A
     """
     if experiment.carry == "rows":
         return carried
-    offsets = getattr(inner(experiment.model), "random_offsets", False)
+    offsets = getattr(_inner(experiment.model), "random_offsets", False)
     if experiment.carry == "nothing" and not offsets:
         return None
     # Dropout draws from the same key; no model with FAM has dropout.

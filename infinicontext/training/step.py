@@ -14,11 +14,10 @@ from jax.sharding import PartitionSpec as P
 from infinicontext import models, sharding
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
-from infinicontext.models.fam import log_size
 from infinicontext.nn.parameters import at_least_float32, of_groups, parameter_groups, with_parameters
 from infinicontext.objectives.next_token import row_losses, token_weights, weighted_loss
 from infinicontext.objectives.selective import Selective, of_validation, prepare, selective_loss
-from infinicontext.training.carry import carried_after, carried_shardings, inner, nothing_yet, state_before
+from infinicontext.training.carry import carried_after, carried_shardings, nothing_yet, state_before
 from infinicontext.training.optimizer import make_optimizer, schedule, updates_done
 
 
@@ -81,8 +80,6 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
                 loss, (after, sums) = selective_loss(experiment.objective, model, part, key, before)
             else:
                 (loss, after), sums = weighted_loss(experiment.objective, model, part, key, before), {}
-            if growth := getattr(inner(experiment.model), "training_growth", 0.0):
-                loss += growth / experiment.accumulation * log_size(after)
             return loss, (carried_after(experiment, after), sums)
 
         if experiment.accumulation == 1:
