@@ -80,7 +80,7 @@ for each BSWA.
 Result, one seed, exact keys (right digits) in % by tokens read, 20 samples at each of five depths, * 8:
 
                                512         1024        2048        4096        16384       65536       262144
-    FAM, limited               100 (100)   95 (99)     100 (100)   97 (99)     98 (100)    99 (100)    -
+    FAM, limited               100 (100)   95 (99)     100 (100)   97 (99)     98 (100)    99 (100)    95 (99)*
       after five runs          100 (100)   96 (99)     94 (99)     90 (98)     90 (98)     90 (98)     90 (98)*
       after four               92 (98)     83 (96)     83 (96)     88 (97)     81 (96)     80 (95)     78 (96)*
     FAM by the paper's rule    96 (99)     -           99 (100)    96 (99)     71 (93)     20 (41)*    -
