@@ -11,6 +11,7 @@ another it is the prompt's, which stands right before the document's first token
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -80,10 +81,10 @@ class FamConfig:
             raise UserError(
                 f'model.training_rereads is {self.training_rereads}; it needs model.schedule "layers" and a model.fam_length of 1 or more'
             )
-        if self.fam_limit < 0 or (self.fam_limit and not self.fam_length):
+        if not 0 <= self.fam_limit < math.inf or (self.fam_limit and not self.fam_length):
             raise UserError(
-                f"model.fam_limit is {self.fam_limit:g}, with a model.fam_length of {self.fam_length}; it must be 0 or more, "
-                "and 0 without FAM"
+                f"model.fam_limit is {self.fam_limit:g}, with a model.fam_length of {self.fam_length}; it must be a number "
+                "from 0 on, and 0 without FAM"
             )
         if self.head_dim is None and self.dim % self.heads:
             raise UserError(
