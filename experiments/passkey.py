@@ -74,7 +74,7 @@ paper (fam_limit; models/DIFFERENCES.md). Six runs, each from the one before:
     infinicontext eval runs/fam6 --tasks passkey --lengths 256k --evaluation.passkey.samples 8 --output far.json
     infinicontext sweep experiments/passkey.py:bswas --workdir runs/bswa
 
-Cost: an hour of training on 2 CPU cores (23 million tokens at 5,500 to 9,000 tokens/s), 100,000 tokens/s read in evaluation; 3 minutes
+Cost: an hour of training on 2 CPU cores (23 million tokens at 5,500 to 7,800 tokens/s), 100,000 tokens/s read in evaluation; 3 minutes
 for each BSWA.
 
 Result, one seed, exact keys (right digits) in % by tokens read, 20 samples at each of five depths, * 8:

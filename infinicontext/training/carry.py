@@ -65,7 +65,7 @@ def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.A
     offsets = getattr(_inner(experiment.model), "random_offsets", False)
     if experiment.carry == "nothing" and not offsets:
         return None
-    # Dropout draws from the same key; no model with FAM has dropout.
+    # FAM's rereads draw from the same key, but from keys that are split from it once more.
     coin, half, offset = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), step), 3)
     empty = model.init_state(*segment_ids_BT.shape)
     if offsets:
