@@ -53,9 +53,14 @@ def fam() -> Experiment:
     return _experiment("fam", FamConfig(**SIZE, block=32, memory_blocks=0, fam_length=16))
 
 
+def bswa() -> Experiment:
+    """TransformerBSWA: the same blocks without feedback memory."""
+    return _experiment("bswa", fam().model.bswa)
+
+
 def near() -> list[Experiment]:
     """All of them where queries may come at once."""
-    return [full(), window(), megalodon(), infini(), fam()]
+    return [full(), window(), megalodon(), infini(), fam(), bswa()]
 
 
 def far() -> list[Experiment]:

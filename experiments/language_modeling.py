@@ -81,11 +81,17 @@ def fam() -> Experiment:
     return dataclasses.replace(experiment, name="fam", model=model)
 
 
+def bswa() -> Experiment:
+    """TransformerBSWA, the same without the memory: unlike those of `block_window`, its blocks do not begin anew with each document."""
+    experiment = fam()
+    return dataclasses.replace(experiment, name="bswa", model=experiment.model.bswa)
+
+
 def all() -> list[Experiment]:
-    """The first four with two seeds each."""
+    """All of them with two seeds each."""
     return [
         dataclasses.replace(experiment, name=f"{experiment.name}-seed{seed}", seed=seed)
-        for experiment in (full(), window(), block_window(), megalodon())
+        for experiment in (full(), window(), block_window(), megalodon(), fam(), bswa())
         for seed in range(2)
     ]
 

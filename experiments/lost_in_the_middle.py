@@ -54,9 +54,14 @@ def fam() -> Experiment:
     return _experiment("fam", FamConfig(**SIZE, block=128, memory_blocks=1, fam_length=32))
 
 
+def bswa() -> Experiment:
+    """TransformerBSWA: the same blocks without feedback memory."""
+    return _experiment("bswa", fam().model.bswa)
+
+
 def all() -> list[Experiment]:
     """One of each."""
-    return [full(), window(), megalodon(), infini(), fam()]
+    return [full(), window(), megalodon(), infini(), fam(), bswa()]
 
 
 def _experiment(name: str, model: ModelConfig) -> Experiment:

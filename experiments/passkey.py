@@ -258,7 +258,6 @@ def fam_kept() -> Experiment:
 def bswa(memory_blocks: int = 1) -> Experiment:
     """The same without FAM, where tokens see so many blocks before their own: TransformerBSWA, its control."""
     experiment = fam()
-    without = {"fam_length": 0, "fam_limit": 0.0, "training_rereads": 0}
     data = PasskeyData(
         lengths=(128, 256, 512, 1024, 2048),
         stage_steps=(50, 50, 60, 60),
@@ -269,7 +268,7 @@ def bswa(memory_blocks: int = 1) -> Experiment:
     return dataclasses.replace(
         experiment,
         name=f"bswa_m{memory_blocks}",
-        model=dataclasses.replace(experiment.model, memory_blocks=memory_blocks, **without),
+        model=dataclasses.replace(experiment.model.bswa, memory_blocks=memory_blocks),
         data=data,
         steps=260,
     )

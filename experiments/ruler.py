@@ -55,9 +55,14 @@ def fam() -> Experiment:
     return _experiment("fam", FamConfig(**SIZE, block=256, memory_blocks=1, fam_length=64))
 
 
+def bswa() -> Experiment:
+    """TransformerBSWA: the same blocks without feedback memory."""
+    return _experiment("bswa", fam().model.bswa)
+
+
 def all() -> list[Experiment]:
     """One of each."""
-    return [full(), window(), megalodon(), infini(), fam()]
+    return [full(), window(), megalodon(), infini(), fam(), bswa()]
 
 
 def _experiment(name: str, model: ModelConfig) -> Experiment:

@@ -24,19 +24,17 @@ def bench_fam(size: Size, block: int = 256, fam_length: int = 16) -> None:
     """Models of 2 layers and 512 tokens, reading and in a training step without its optimizer, by length and batch."""
     if size.dim % (2 * HEADS):
         raise UserError(f"--dim is {size.dim}; it must be a multiple of {2 * HEADS}, for {HEADS} heads")
-    bswa = FamConfig(vocab_size=512, dim=size.dim, layers=2, heads=HEADS, block=block, memory_blocks=1, fam_length=0)
-    fam = dataclasses.replace(bswa, fam_length=fam_length)
-    forms = {"BSWA": bswa, "FAM": fam} | {
-        f"{name}, block by block": dataclasses.replace(config, schedule="blocks") for name, config in (("BSWA", bswa), ("FAM", fam))
-    }
+    fam = FamConfig(vocab_size=512, dim=size.dim, layers=2, heads=HEADS, block=block, memory_blocks=1, fam_length=fam_length)
+    forms = {"BSWA": fam.bswa, "FAM": fam}
+    forms |= {f"{name}, block by block": dataclasses.replace(config, schedule="blocks") for name, config in forms.items()}
     built = {name: models.build(config, nnx.Rngs(0)) for name, config in forms.items()}
-    print(f"{machine()}\nD {size.dim}, {bswa.layers} layers, {HEADS} heads, blocks of {block} and one before, FAM of {fam_length}")
+    print(f"{machine()}\nD {size.dim}, {fam.layers} layers, {HEADS} heads, blocks of {block} and one before, FAM of {fam_length}")
     for name in ("BSWA", "FAM"):
         sizes = (f"{abstract_state_bytes(models.abstract(forms[name]), length):,} at {length:,} tokens" for length in (4096, 1 << 20))
         print(f"state of a row, bytes: {name} {', '.join(sizes)}")
     for B in (size.batch, 4 * size.batch):
         for T in sorted({max(size.length // 4, 1), size.length, 2 * size.length}):
-            tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, bswa.vocab_size)
+            tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, fam.vocab_size)
             columns = {
                 "tokens/s": lambda seconds, _, tokens=B * T: f"{tokens / seconds:,.0f}",
                 "temp MiB": lambda _, candidate: f"{candidate.temp_bytes / 2**20:.0f}",

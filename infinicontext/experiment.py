@@ -73,6 +73,8 @@ class Experiment:
             )
         if self.carry == "rows" and self.accumulation > 1:
             raise UserError(f"carry is rows, for which accumulation must be 1, not {self.accumulation}")
+        if self.carry == "rows" and getattr(getattr(self.model, "model", self.model), "random_offsets", False):
+            raise UserError("carry is rows, for which model.random_offsets must be false: a row goes on at its own position")
         if self.carry == "fam" and not getattr(getattr(self.model, "model", self.model), "fam_length", 0):
             raise UserError(f"carry is fam, but the model, of kind {type(self.model).__name__}, has no FAM")
         if not 0 <= self.seed < 2**32:

@@ -19,6 +19,7 @@ from infinicontext.nn.lora import Lora
 from infinicontext.objectives.next_token import token_weights, weighted_loss
 from infinicontext.sharding import MeshConfig, make_mesh
 from infinicontext.training.carry import state_before
+from infinicontext.training.checks import check_devices
 from infinicontext.training.loop import train
 from infinicontext.training.optimizer import OptimizerConfig
 from infinicontext.training.step import make_steps
@@ -56,6 +57,11 @@ def going_on(passing):
     return dataclasses.replace(passing, carry="rows", model=InfiniConfig(**TINY, segment=8))
 
 
+@pytest.fixture(scope="module")
+def fam_going_on(passing):
+    return dataclasses.replace(passing, carry="rows")
+
+
 def run(experiment, mesh=None, count=3):
     """The states before and after each of the first steps, their batches and losses."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
@@ -79,8 +85,10 @@ def loss_from(experiment, model, state, batch):
     return float(loss), after
 
 
-def test_rows_go_on(going_on):
+@pytest.mark.parametrize("name", ["going_on", "fam_going_on"])
+def test_rows_go_on(name, request):
     """Each step's loss is that of one stream per row, whose earlier part was read with the parameters of then."""
+    going_on = request.getfixturevalue(name)
     states, batches, losses = run(going_on)
     state = states[0].model.init_state(4, 20)
     for before, after, batch, loss in zip(states, states[1:], batches, losses):
@@ -136,11 +144,21 @@ def test_one_coin_per_step(passing):
     """About eight of ten steps, the same ones for the same seed, and all rows of a step alike."""
     states, _, _ = run(passing, count=1)
     ids = np.ones((4, 20), np.int32)
+    assert not np.any(states[0].carried)
+    begun = state_before(passing, states[0].model, states[0].carried, jnp.int32(1), ids)
+    assert not np.any(begun.feedback.document_B), "there is nothing yet to pass on"
     begins = jax.jit(lambda model, step: state_before(passing, model, states[1].carried, step, ids).feedback.document_B)
     coins = np.array([begins(states[1].model, step) for step in range(200)])
     assert (coins == coins[:, :1]).all()
-    assert coins[0, 0] == 0
     assert 140 < coins[:, 0].sum() < 180
+
+
+def test_a_fam_that_has_read_nothing_is_not_passed(passing):
+    """Rows shorter than a block leave FAM the prompt's, which the next step has anyway, and with another first update."""
+    model = dataclasses.replace(FAM, block=32)
+    found, expected = (run(dataclasses.replace(passing, model=model, carry=carry, carry_probability=1.0)) for carry in ("fam", "nothing"))
+    assert found[2] == pytest.approx(expected[2], rel=1e-6)
+    assert not np.any(found[0][-1].carried)
 
 
 @pytest.mark.parametrize("positions", ["last", "zero"])
@@ -154,8 +172,10 @@ def test_random_offsets(passing, positions):
     offsets = np.asarray(begun.cursor.position_B)
     assert 0 < (offsets == 0).sum() < 4
     assert offsets.max() > 1000
-    # float32 angles of positions up to 62,832 carry errors of some thousandths.
-    same = np.allclose(losses, run(plain)[2], rtol=1e-3)
+    other = state_before(offset, states[1].model, states[1].carried, jnp.int32(1), batches[1]["segment_ids"][:, :-1], microbatch=1)
+    assert offsets.tolist() != other.cursor.position_B.tolist()
+    assert (other.feedback.document_B == begun.feedback.document_B).all()
+    same = np.allclose(losses, run(plain)[2], rtol=1e-4)
     assert same == (positions == "last")
 
 
@@ -167,7 +187,7 @@ def test_devices_change_nothing(name, request):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), one[0][-1].carried, other[0][-1].carried)
 
 
-@pytest.mark.parametrize("name", ["passing", "going_on"])
+@pytest.mark.parametrize("name", ["passing", "going_on", "fam_going_on"])
 def test_a_resumed_run_is_the_unbroken_one(name, request, tmp_path, monkeypatch):
     experiment = dataclasses.replace(request.getfixturevalue(name), batch_size=8, log_every=1)
     assert train(experiment, tmp_path / "unbroken")
@@ -190,8 +210,11 @@ def test_config_errors(passing, corpus):
         ({"carry": "rows", "data": PasskeyData()}, "carry is rows, for which data must be CorpusData"),
         ({"carry": "rows", "data": dataclasses.replace(corpus, order="shuffled")}, "sequential"),
         ({"carry": "rows", "accumulation": 2}, "carry is rows, for which accumulation must be 1, not 2"),
+        ({"carry": "rows", "model": dataclasses.replace(FAM, random_offsets=True)}, r"carry is rows, for which model\.random_offsets"),
     ):
         with pytest.raises(UserError, match=sentence):
             dataclasses.replace(passing, **changes)
+    with pytest.raises(UserError, match=r"mesh\.context is 2; with a FamConfig, .* it must be 1"):
+        check_devices(dataclasses.replace(passing, mesh=MeshConfig(data=4, context=2)))
     with pytest.raises(UserError, match="the state of Transformer with these options grows"):
         run(dataclasses.replace(passing, carry="rows", model=full))

@@ -421,8 +421,9 @@ def blocks():
     return experiment(dataclasses.replace(MODEL, attention="block_window", block=4, memory_blocks=1), {run!r})
 
 def feedback():
-    model = AdaptedConfig(FamConfig.of(load_config(pathlib.Path({here!r}) / "blocks").model, fam_length=3), Lora(rank=2, parameters=("q",)))
-    return experiment(model, {here!r} + "/blocks", optimizer=OptimizerConfig(train=("lora", "prompt")), carry="fam")
+    fam = FamConfig.of(load_config(pathlib.Path({here!r}) / "blocks").model, fam_length=3)
+    model = AdaptedConfig(fam, Lora(rank=2, parameters=("q", "up")))
+    return experiment(model, {here!r} + "/blocks", optimizer=OptimizerConfig(train=("lora", "prompt"), warmup_steps=1), carry="fam")
 
 def remembering():
     return experiment(INFINI, {here!r} + "/memory")
@@ -468,7 +469,9 @@ def test_feedback_memory_for_blocks_and_adapters(run, tmp_path, capsys):
     by_name = lambda model: {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(model)}
     with jax.set_mesh(mesh):
         before = by_name(load_model(tmp_path / "blocks", mesh).model)
-        after = by_name(restore(tmp_path / "feedback", config, mesh)[1].model)
+        adapted = restore(tmp_path / "feedback", config, mesh)[1]
+        after = by_name(adapted.model)
     assert {name for name in before if not np.array_equal(before[name], after[name])} == set()
+    assert [np.any(adapter.second[...]) for adapter in adapted.adapters.values()] == [True, True]
     (prompt,) = after.keys() - before.keys()
     assert not any((row == before[".embedding.table.value"]).all(axis=1).any() for row in after[prompt])

@@ -264,15 +264,12 @@ class Fam(nnx.Module):
         def layer(block, fam_BFD, keys, own, first_FD):
             q_BFHK, _, _ = block.fam_project(fam_BFD, now, first_FD)
             fam_BFD = block.update(fam_BFD, q_BFHK, *keys, own, seen_BC, feedback.fresh_B, first_FD)
+            if config.detach_every:
+                fam_BFD = select_rows((number_B + 1) % config.detach_every == 0, jax.lax.stop_gradient(fam_BFD), fam_BFD)
             return fam_BFD, Cache(*block.fam_project(fam_BFD, then, first_FD)[1:])
 
         first_LFD = self.prompt_stream() if config.fam_query == "static" else None
         after_LBFD, after_keys = jax.vmap(layer)(self.blocks, feedback.fam_LBFD, keys, own_LBC, first_LFD)
-        if config.detach_every:
-            detaches_B = (number_B + 1) % config.detach_every == 0
-            after_LBFD, after_keys = select_rows(
-                detaches_B, jax.lax.stop_gradient((after_LBFD, after_keys)), (after_LBFD, after_keys), layers=True
-            )
         feedback = Feedback(
             select_rows(completes_B, after_LBFD, feedback.fam_LBFD, layers=True),
             feedback.document_B,

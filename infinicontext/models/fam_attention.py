@@ -108,6 +108,11 @@ class FamConfig:
         return TransformerConfig(**{name: getattr(self, name) for name in shared})
 
     @property
+    def bswa(self) -> "FamConfig":
+        """TransformerBSWA, the control: the same blocks without FAM."""
+        return dataclasses.replace(self, fam_length=0, fam_limit=0.0, training_rereads=0)
+
+    @property
     def head_size(self) -> int:
         """K."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim

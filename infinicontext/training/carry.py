@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens read per row, L layers, F rows of FAM, D channel
 `rows` is for streams of long documents: row b of a batch goes on where row b of the last one ended. `fam` is TransformerFAM's random state
 passing (arXiv 2404.09173 v3, appendix B.2.3): with a probability, drawn once per step, all rows begin with the FAM that the first row ended
 with and with nothing else; so a model meets more updates of FAM than a row has. Rows of a FAM model may also begin at random positions
-(appendix B.2.2), which its rotary attention does not see but for rounding.
+(appendix B.2.2), which its rotary attention does not see but for rounding; in packed rows that is the first document.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from infinicontext.models.fam import shifted
 from infinicontext.models.streaming import Model, State
 from infinicontext.nn.parameters import at_least_float32
 
-OFFSETS = 62_832  # random positions are below 2 pi times the rotary base
+OFFSETS = 62_832  # random positions are below the paper's 2 pi x 10,000, whatever the rotary base
 
 
 def _inner(config: ModelConfig) -> ModelConfig:
@@ -50,7 +50,9 @@ def nothing_yet(experiment: Experiment, model: Model) -> Any:
     return state
 
 
-def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.Array, segment_ids_BT: jax.Array) -> State | None:
+def state_before(
+    experiment: Experiment, model: Model, carried: Any, step: jax.Array, segment_ids_BT: jax.Array, microbatch: jax.Array | int = 0
+) -> State | None:
     """The state that a step's rows begin with; None: an empty one.
 
     Args:
@@ -59,6 +61,7 @@ def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.A
       carried: from the step before.
       step: int32, steps done; decides what is drawn.
       segment_ids_BT: of the inputs, int32.
+      microbatch: its number; positions are drawn for each row, whether FAM is passed on for all rows of a step.
     """
     if experiment.carry == "rows":
         return carried
@@ -70,11 +73,12 @@ def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.A
     empty = model.init_state(*segment_ids_BT.shape)
     if offsets:
         B = len(segment_ids_BT)
+        half, offset = (jax.random.fold_in(key, microbatch) for key in (half, offset))
         offset_B = jnp.where(jax.random.bernoulli(half, 0.5, (B,)), jax.random.randint(offset, (B,), 0, OFFSETS), 0)
         empty = shifted(empty, offset_B, segment_ids_BT[:, 0])
     if experiment.carry == "nothing":
         return empty
-    passes = (step > 0) & jax.random.bernoulli(coin, experiment.carry_probability)
+    passes = jnp.any(carried != 0) & jax.random.bernoulli(coin, experiment.carry_probability)
     whole = model.merged() if isinstance(model, models.Adapted) else model
     passed = whole.passed(empty, carried)
     # What both have in common stays what is known at trace time.
@@ -82,10 +86,12 @@ def state_before(experiment: Experiment, model: Model, carried: Any, step: jax.A
 
 
 def carried_after(experiment: Experiment, state: State) -> Any:
-    """What is kept of the state after a step."""
+    """What is kept of the state after a step. A FAM that has read no block yet is kept as zeros, which are never passed on."""
     if experiment.carry == "nothing":
         return None
-    return jax.lax.stop_gradient(state.feedback.fam_LBFD[:, 0] if experiment.carry == "fam" else state)
+    if experiment.carry == "rows":
+        return jax.lax.stop_gradient(state)
+    return jax.lax.stop_gradient(jnp.where(state.feedback.fresh_B[0], 0, state.feedback.fam_LBFD[:, 0]))
 
 
 def carried_shardings(experiment: Experiment, mesh: Mesh) -> Any:

@@ -78,6 +78,11 @@ def check_classifier(experiment: Experiment) -> None:
 def check_devices(experiment: Experiment) -> None:
     """Raises UserError if the experiment does not fit this machine's devices."""
     mesh = sharding.make_mesh(experiment.mesh)
+    model = getattr(experiment.model, "model", experiment.model)
+    if mesh.shape["context"] > 1 and isinstance(model, models.FamConfig | models.BeaconConfig):
+        raise UserError(
+            f"mesh.context is {mesh.shape['context']}; with a {type(model).__name__}, whose blocks follow one another, it must be 1"
+        )
     shards = sharding.batch_divisor(mesh)
     if experiment.batch_size % (shards * experiment.accumulation):
         raise UserError(

@@ -73,9 +73,9 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
         batch = weighted(state, batch, cut, keys_M)
 
         @functools.partial(jax.value_and_grad, has_aux=True)
-        def loss_and_gradient(trained, part, key):
+        def loss_and_gradient(trained, part, key, microbatch):
             model = with_parameters(state.model, trained)
-            before = state_before(experiment, model, state.carried, state.step, part["segment_ids"][:, :-1])
+            before = state_before(experiment, model, state.carried, state.step, part["segment_ids"][:, :-1], microbatch)
             if selective:
                 loss, (after, sums) = selective_loss(experiment.objective, model, part, key, before)
             else:
@@ -83,7 +83,7 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
             return loss, (carried_after(experiment, after), sums)
 
         if experiment.accumulation == 1:
-            (loss, (carried, sums)), gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0])
+            (loss, (carried, sums)), gradient = loss_and_gradient(trained, batch, None if keys_M is None else keys_M[0], 0)
         else:
             microbatches = jax.tree.map(cut, batch)
             zero = (jnp.zeros((), at_least_float32(experiment.model.dtype)), jax.tree.map(jnp.zeros_like, trained))
@@ -92,7 +92,7 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
                 (loss, kept), gradient = loss_and_gradient(trained, *part)
                 return jax.tree.map(jnp.add, total, (loss, gradient)), kept
 
-            (loss, gradient), (carried_M, sums_M) = jax.lax.scan(add, zero, (microbatches, keys_M))
+            (loss, gradient), (carried_M, sums_M) = jax.lax.scan(add, zero, (microbatches, keys_M, jnp.arange(experiment.accumulation)))
             # The first row of the batch is in the first microbatch.
             carried = jax.tree.map(lambda x: x[0], carried_M)
             sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums_M)
@@ -123,11 +123,11 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
         if objective.two_passes:
 
             def losses_of(xs):
-                part, key = xs
-                before = state_before(experiment, state.model, state.carried, state.step, part["segment_ids"][:, :-1])
+                part, key, microbatch = xs
+                before = state_before(experiment, state.model, state.carried, state.step, part["segment_ids"][:, :-1], microbatch)
                 return row_losses(state.model, part, key, before, chunk=objective.chunk)[0]
 
-            losses_MBT = jax.lax.map(losses_of, (jax.tree.map(cut, batch), keys_M))
+            losses_MBT = jax.lax.map(losses_of, (jax.tree.map(cut, batch), keys_M, jnp.arange(experiment.accumulation)))
             batch = batch | {"losses": jax.lax.stop_gradient(jnp.moveaxis(losses_MBT, 0, 1).reshape(len(batch["tokens"]), -1))}
         return prepare(objective, batch, step=state.step, seed=experiment.seed, microbatches=experiment.accumulation)
 
