@@ -44,9 +44,9 @@ def keys_beacon() -> Experiment:
     return dataclasses.replace(
         experiment,
         name="keys_beacon",
-        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8)),
-        data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(200,), shortest=(160, 256)),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, train=("beacon",)),
+        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8), training_bare_end=False),
+        data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(250,), shortest=(200, 300), depths=(-0.1, 0.6)),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, train=("beacon",)),
         evaluation=dataclasses.replace(experiment.evaluation, lengths=(512, 1024, 2048, 4096, 8192)),
         start_from="runs/beacon/keys",
         steps=600,

@@ -169,6 +169,7 @@ def make_parser() -> Parser:
     command.add_argument("--prompt", choices=get_args(weights.Prompt), help=text)
     command.add_argument("--chunk", type=int, help="--to beacon gives a Transformer beacons: tokens per chunk; default: 1024")
     command.add_argument("--ratios", type=int, nargs="+", help="--to beacon: tokens per beacon in a text's chunks, in turn; default: 8")
+    command.add_argument("--sinks", type=int, help="--to beacon: first tokens of a text that are kept, too; default: 0 (Llama 3 needs 1)")
     command.add_argument("--beacon-token", type=int, help="--to beacon: the token whose embedding beacons begin with; default: end of text")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
     command.add_argument("--rope", choices=get_args(Rope), help=rope_help)

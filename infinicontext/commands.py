@@ -179,7 +179,7 @@ def run_convert(options: argparse.Namespace) -> None:
     to = options.to or ("huggingface" if from_run else "run")
     mesh = all_on_tensor()
     kinds = {"segment": "infini"} | dict.fromkeys(("block", "memory_blocks", "fam_length", "prompt"), "fam")
-    kinds |= dict.fromkeys(("chunk", "ratios", "beacon_token"), "beacon")
+    kinds |= dict.fromkeys(("chunk", "ratios", "sinks", "beacon_token"), "beacon")
     for field, kind in kinds.items():
         if getattr(options, field) is not None and to != kind:
             raise UserError(f"--{field.replace('_', '-')} is {getattr(options, field)}; it goes with --to {kind}")
@@ -302,7 +302,7 @@ def with_memory(options: argparse.Namespace, config: models.TransformerConfig) -
 def with_beacons(options: argparse.Namespace, config: models.TransformerConfig) -> models.BeaconConfig:
     """What --to beacon makes of a Transformer."""
     chunk = 1024 if options.chunk is None else options.chunk
-    return models.BeaconConfig.of(config, chunk=chunk, ratios=tuple(options.ratios or (8,)))
+    return models.BeaconConfig.of(config, chunk=chunk, ratios=tuple(options.ratios or (8,)), sinks=options.sinks or 0)
 
 
 def with_feedback_memory(options: argparse.Namespace, config: models.TransformerConfig) -> models.FamConfig:

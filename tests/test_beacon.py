@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from infinicontext import models, pretrained
 from infinicontext.errors import UserError
-from infinicontext.models.beacon_attention import BeaconConfig, ratio_by_length
-from infinicontext.nn.rope import apply_rope, rotation
+from infinicontext.models.beacon_attention import BeaconConfig, chunk_start, compacted_plan, ratio_by_length
+from infinicontext.nn.rope import RopeConfig, apply_rope, rotation
+from infinicontext.pretrained.beacon_config import beacon_from_huggingface
 
 INTERLEAVED = (
     *("llama_il_basic", "llama_il_exact", "llama_il_batch2", "llama_il_stream", "llama_il_mixed", "llama_il_sink", "llama_il_raw_mix"),
@@ -83,25 +84,35 @@ def test_logits(golden, tmp_path, case):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", ["llama_il_basic", "llama_il_exact", "llama_il_mixed", "llama_il_sink", "qwen2_il_mixed", "llama_ap_full"])
-def test_memory(golden, tmp_path, case):
-    """What is kept, and where it stands: the official cache is not rotated."""
+@pytest.mark.parametrize("case", INTERLEAVED + APPENDED)
+def test_caches(golden, tmp_path, case):
+    """What the memory and the open chunk hold, and where it stands: the official caches are not rotated, and number their rows from 0."""
     data = Golden(golden, tmp_path, case)
     _, state = read(data.model, data.tokens_BT, data.start(data.model))
-    config = data.model.config
+    config, B = data.model.config, len(data.tokens_BT)
+    start_B1 = chunk_start(config, state.cursor.count_B)[:, None]
+    order_BS = np.where((state.rows.document > 0) & (state.rows.order >= 2 * start_B1), state.rows.order, np.iinfo(np.int32).max)
+    from_BS = np.argsort(order_BS, axis=1)
     for layer in range(config.layers):
-        parts = {"k": [], "v": []}
-        for kind in ("sink", "beacon"):
+        parts = {}
+        for kind in ("sink", "beacon", "raw"):
             for name in "kv":
                 stored = data.tensors.get(f"final.{kind}_{name}.{layer}")
-                if stored is not None and stored.size:
-                    parts[name].append(np.moveaxis(stored, 1, 2))
-        k_BMGK, v_BMGK = (np.concatenate(parts[name], axis=1) for name in "kv")
-        M = k_BMGK.shape[1]
-        turns = rotation(config.rope, config.head_size, np.arange(M, dtype=np.int32)[None], np.zeros(1, np.int32))
+                empty = np.zeros((B, 0, config.kv_head_count, config.head_size), np.float32)
+                parts[kind, name] = (
+                    empty if stored is None else np.moveaxis(stored.reshape(B, config.kv_head_count, -1, config.head_size), 1, 2)
+                )
+        k_BYGK, v_BYGK = (np.concatenate([parts[kind, name] for kind in ("sink", "beacon", "raw")], axis=1) for name in "kv")
+        Y, rows = k_BYGK.shape[1], parts["raw", "k"].shape[1]
+        M = Y - rows
         np.testing.assert_array_equal(state.counts.used_B, M)
-        np.testing.assert_allclose(state.memory.k_BSGK[layer, :, :M], apply_rope(jnp.asarray(k_BMGK), *turns), atol=TOLERANCE)
-        np.testing.assert_allclose(state.memory.v_BSGK[layer, :, :M], v_BMGK, atol=TOLERANCE)
+        np.testing.assert_array_equal((order_BS < np.iinfo(np.int32).max).sum(axis=1), rows)
+        turns = rotation(config.rope, config.head_size, np.arange(Y, dtype=np.int32)[None], np.zeros(1, np.int32))
+        expected = (apply_rope(jnp.asarray(k_BYGK), *turns), v_BYGK)
+        for memory_LBM, open_LBS, wanted_BY in zip(state.memory, state.open, expected):
+            opened_BS = np.take_along_axis(np.asarray(open_LBS[layer]), from_BS[:, :rows, None, None], axis=1)
+            found_BY = np.concatenate([memory_LBM[layer, :, :M], opened_BS], axis=1)
+            np.testing.assert_allclose(found_BY, wanted_BY, atol=TOLERANCE)
 
 
 @pytest.mark.golden
@@ -150,6 +161,61 @@ def test_checkpoints_come_back(golden, tmp_path, case):
     save_file(missing, tmp_path / "again" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.beacon_k_proj\.weight is missing"):
         pretrained.load(tmp_path / "again")
+
+
+APPEND = {"beacon_pos": "append"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"beacon_ratio_mix": "nonsense"}, r"beacon_ratio_mix nonsense; it must be one of step-random, .*, or adapt- and a number"),
+        ({"beacon_attn": "segmentation"}, "beacon_attn segmentation; with beacon_pos interleave it must be full-coverage"),
+        ({"beacon_stride": 4}, "beacon_stride 4; with beacon_pos interleave it must be 8"),
+        ({"beacon_ratio": [2, 3, 4, 16]}, {"ratios": (2, 4)}),
+        ({"beacon_ratio": [3]}, "model.ratios is"),
+        (APPEND | {"beacon_attend_prev": False}, {"append_sees_beacons": True}),
+        (APPEND | {"beacon_attend_prev": False, "beacon_attn": "step-expansion"}, {"append_sees_beacons": False}),
+        ({"beacon_ratio_mix": "adapt-1024"}, {"choose": "by_length", "positions": 32}),
+    ],
+)
+def test_official_configs(changes, expected):
+    """As the official code reads them, or refused."""
+    record = {"beacon_window": 8, "beacon_stride": 8, "beacon_ratio": [2], "max_position_embeddings": 32} | changes
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            beacon_from_huggingface(record, CONFIG.transformer)
+        return
+    config = beacon_from_huggingface(record, CONFIG.transformer)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"ratios": (2, 4), "choose": "by_length", "positions": 32}, None),
+        ({"placement": "append"}, None),
+        ({"placement": "append", "append_sees": "stepwise", "append_sees_beacons": False, "sinks": 1}, None),
+        ({"placement": "append", "append_sees_beacons": False, "append_sees_memory": False, "stride": 4}, None),
+        ({"placement": "append", "append_sees_memory": False}, "append_sees_memory False, .* neither version"),
+        ({"placement": "append", "append_sees": "segment"}, "append_sees is segment, .* neither version"),
+        ({"memory": 8}, r"model\.memory is 8; the official code"),
+        (
+            {"choose": "by_length", "positions": 32, "rope": RopeConfig("dynamic", factor=2.0, original_length=20)},
+            r"model\.positions is 32; with model\.rope\.scheme dynamic, .*, it must be 40",
+        ),
+    ],
+)
+def test_written_for_the_official_code(tmp_path, options, refused):
+    """What comes back is the same model, or nothing is written."""
+    model = models.build(dataclasses.replace(CONFIG, **options, remat=True), nnx.Rngs(0))
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            pretrained.save(model, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        return
+    pretrained.save(model, tmp_path / "new")
+    assert pretrained.load(tmp_path / "new").config == model.config
 
 
 @pytest.mark.parametrize(
@@ -229,9 +295,10 @@ def test_the_first_chunk_of_appended_beacons_is_the_transformer():
     np.testing.assert_allclose(found[:, :8], expected[:, :8], atol=1e-5)
 
 
-def test_training_draws_ratios():
+@pytest.mark.parametrize("each", ["per_chunk", "per_row"])
+def test_training_draws_ratios(each):
     """For each chunk or each row; none in the last chunk, and nothing without a key."""
-    config = dataclasses.replace(CONFIG, ratios=(2, 4, 8))
+    config = dataclasses.replace(CONFIG, ratios=(2, 4, 8), training_ratios=each)
     tokens_BT = np.random.default_rng(2).integers(0, 17, (2, 32), np.int32)
     model = models.build(config, nnx.Rngs(0))
     run = lambda model, key=None: model.hidden(tokens_BT, model.init_state(2, capacity=32), dropout_key=key)[0]
@@ -242,6 +309,26 @@ def test_training_draws_ratios():
     # Short texts have no beacons in training.
     short = lambda key: model.hidden(tokens_BT[:, :8], model.init_state(2, capacity=8), dropout_key=key)[0]
     np.testing.assert_array_equal(short(jax.random.key(0)), short(jax.random.key(1)))
+    whole = models.build(dataclasses.replace(config, training_bare_end=False, training_ratios="in_turn"), nnx.Rngs(0))
+    np.testing.assert_array_equal(run(whole, jax.random.key(0)), run(whole))
+    # Slots that a row of four chunks fills, the last of which has no beacons.
+    fill = jax.jit(lambda key: model.hidden(tokens_BT, model.init_state(2, capacity=32), dropout_key=key)[1].counts.used_B)
+    used = {int(slots) for key in range(20) for slots in fill(jax.random.key(key))}
+    assert used == {3, 6, 12} if each == "per_row" else len(used) > 3
+
+
+def test_ratio_0_is_the_transformer():
+    """Beacons can be switched off: every chunk is kept as it is."""
+    found, expected = with_and_without_beacons(dataclasses.replace(CONFIG, ratios=(0,)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_positions_that_tables_are_planned_for():
+    """They go on growing where the oldest slots are dropped."""
+    config = dataclasses.replace(CONFIG, memory=8)
+    model = models.build(config, nnx.Rngs(0))
+    _, state = jax.jit(model.hidden, compiler_options=QUICK)(np.zeros((1, 120), np.int32), model.init_state(1))
+    assert 60 <= state.rows.position.max() <= compacted_plan(config, jnp.array([120]))[0]
 
 
 def test_a_memory_that_drops_what_is_oldest():

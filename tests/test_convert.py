@@ -314,8 +314,9 @@ def test_a_transformer_gets_beacons(run, tmp_path, capsys):
     """They begin as copies; before the first of them it reads as before. They alone are trained; the official format keeps them."""
     convert = lambda *options: main(["convert", *map(str, options)])
     convert(run, tmp_path / "beacons", "--to", "beacon", "--chunk", "8", "--ratios", "4")
+    assert load_config(tmp_path / "beacons").optimizer.train == ("beacon",)
     convert(tmp_path / "beacons", tmp_path / "official")
-    convert(run, tmp_path / "other", "--to", "beacon", "--beacon-token", "2")
+    convert(run, tmp_path / "other", "--to", "beacon", "--beacon-token", "2", "--sinks", "1")
     mesh = all_on_tensor()
     with jax.set_mesh(mesh):
         base, model, again, other = (
@@ -331,7 +332,7 @@ def test_a_transformer_gets_beacons(run, tmp_path, capsys):
         np.testing.assert_array_equal(model.beacon[...], table_VD[1:2])
         np.testing.assert_array_equal(other.beacon[...], table_VD[2:3])
         np.testing.assert_array_equal(attention.beacons.k[...], attention.k[...])
-        assert (other.config.chunk, other.config.ratios) == (1024, (8,))
+        assert (other.config.chunk, other.config.ratios, other.config.sinks) == (1024, (8,), 1)
         assert (again.config.chunk, again.config.ratios) == (8, (4,))
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": " ".join(np.roll(WORDS.split(), i))}) for i in range(16)))
     (tmp_path / "tune.py").write_text(

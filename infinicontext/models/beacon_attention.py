@@ -42,6 +42,7 @@ class BeaconConfig:
     positions: int | None = None  # choose = by_length: positions the Transformer was trained on
     memory: int | None = None  # slots, of which the oldest are dropped; None: as many as the tokens that init_state is told of need
     training_ratios: Literal["in_turn", "per_chunk", "per_row"] = "per_chunk"  # drawn from `ratios`, in training
+    training_bare_end: bool = True  # in training a document's last chunk has no beacons, which nothing would read; False: as in reading
     sinks: int = 0  # first tokens of a document whose keys and values are kept, too (1 for Llama 3)
     placement: Literal["interleave", "append"] = "interleave"  # append: behind the chunk; no token of it sees them
     stride: int | None = None  # append: tokens that a chunk has that the one before had not; None: all
@@ -249,7 +250,7 @@ def ratios_of(config: BeaconConfig, place: Place, planned_B: jax.Array, key: jax
       config: options.
       place: of the tokens.
       planned_B: int32, of the cursor.
-      key: in training, draws ratios; all of a document's tokens must then be in the call, and its last chunk has no beacons (ratio -1).
+      key: in training, draws ratios; with `training_bare_end` all of a document's tokens must be in the call, whose last chunk has none (-1).
     """
     chunk_BT = chunk_of(config, place.index_BT)
     number_BT = chunk_BT - chunk_of(config, place.index_BT - place.position_BT)
@@ -264,7 +265,7 @@ def ratios_of(config: BeaconConfig, place: Place, planned_B: jax.Array, key: jax
         ratio_BT = jnp.broadcast_to(ratio_by_length(config, planned_B)[:, None], number_BT.shape)
     else:
         ratio_BT = ratios_J[number_BT % len(config.ratios)]
-    if key is None:
+    if key is None or not config.training_bare_end:
         return ratio_BT
     # A document's last token in the call, seen from each of its tokens: the next border of documents is right behind it.
     T = place.index_BT.shape[1]
@@ -423,12 +424,14 @@ def plan_chunks(
 
 
 def compacted_plan(config: BeaconConfig, planned_B: jax.Array) -> jax.Array:
-    """Positions that a text of so many tokens needs at most, for rotary tables that depend on the length."""
+    """Positions that a text of so many tokens needs at most, for rotary tables that depend on the length.
+
+    With `memory` as many: positions go on growing where slots are dropped.
+    """
     ratio_B = jnp.full_like(planned_B, 1 if 0 in config.ratios else config.least_ratio)
     if config.choose == "by_length":
         ratio_B = jnp.maximum(ratio_by_length(config, planned_B), 1)
-    slots_B = planned_B // ratio_B + config.sinks
-    return (slots_B if config.memory is None else jnp.minimum(slots_B, config.memory)) + config.chunk + config.beacons
+    return planned_B // ratio_B + config.sinks + config.chunk + config.beacons
 
 
 def moved(config: BeaconConfig, k_BXGK: jax.Array, distance_BX: jax.Array, plan_B: jax.Array) -> jax.Array:

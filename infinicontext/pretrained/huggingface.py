@@ -266,7 +266,7 @@ def save(
       shard_bytes: weights go into files of about this size.
 
     Raises:
-      UserError: transformers has no such model, or the folder cannot be written.
+      UserError: transformers, or the official code, has no such model, or the folder cannot be written.
     """
     config, like = getattr(model, "config", None), like and pathlib.Path(like)
     if not isinstance(config, TransformerConfig | BeaconConfig):
@@ -288,7 +288,7 @@ def save(
     stored = np.dtype(dtype or next(iter(parameters.values())).dtype)
     record = config_to_huggingface(backbone, family, length, kept)
     if isinstance(config, BeaconConfig):
-        record |= beacon_to_huggingface(config)
+        record |= beacon_to_huggingface(config, record["max_position_embeddings"])
     record["dtype" if "dtype" in record else "torch_dtype"] = stored.name
     shapes = _tensor_shapes(parameters, where)
     shards = _shards({name: math.prod(shape) * stored.itemsize for name, shape in shapes.items()}, shard_bytes)

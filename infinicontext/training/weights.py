@@ -325,8 +325,9 @@ def to_run(
                 raise UserError(f"{source}: its model is of kind {type(model).__name__}; a memory can be given to a Transformer")
             config = grow(model.config)
             _check_window(source, model.config, config)
-            # What was trained before need not be a part of this model.
-            optimizer = dataclasses.replace(experiment.optimizer, train=(), groups=())
+            # What was trained before need not be a part of this model; beacons are for a Transformer that stands still.
+            train = ("beacon",) if isinstance(config, models.BeaconConfig) else ()
+            optimizer = dataclasses.replace(experiment.optimizer, train=train, groups=())
             token = end_of_text(source) if beacon_token is None else beacon_token
             if isinstance(config, models.BeaconConfig) and not 0 <= token < config.vocab_size:
                 raise UserError(f"--beacon-token is {token}; it must be from 0 to {config.vocab_size - 1}, the model's last token")
