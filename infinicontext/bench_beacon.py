@@ -17,12 +17,12 @@ from infinicontext.models.streaming import Model, State, abstract_state_bytes, r
 from infinicontext.models.transformer import TransformerConfig
 
 HEADS = 4
-TOKENS = 16  # read one by one
 
 
 def bench_beacon(size: Size, chunk: int = 128, ratios: tuple[int, ...] = (2, 8, 32)) -> None:
-    """Models of 2 layers and 512 tokens, by length: a prompt in calls of one chunk; then tokens one by one, from a state with room for the
-    prompt, whose shapes and not its contents decide how long they take."""
+    """Models of 2 layers and 512 tokens, by length: a prompt, which beacons read in calls of one chunk and full attention in calls of four
+    and in one; then the tokens of one chunk, of which the last completes it, one by one from a state with room for the prompt, whose shapes
+    and not its contents decide how long they take."""
     if size.dim % (2 * HEADS):
         raise UserError(f"--dim is {size.dim}; it must be a multiple of {2 * HEADS}, for {HEADS} heads")
     full = TransformerConfig(vocab_size=512, dim=size.dim, layers=2, heads=HEADS)
@@ -30,26 +30,29 @@ def bench_beacon(size: Size, chunk: int = 128, ratios: tuple[int, ...] = (2, 8, 
     built = {name: models.build(config, nnx.Rngs(0)) for name, config in forms.items()}
     print(f"{machine()}\nD {size.dim}, {full.layers} layers, {HEADS} heads, chunks of {chunk}")
     for T in sorted({max(size.length // 4, 1), size.length, 4 * size.length}):
-        tokens_BT = jax.random.randint(jax.random.key(0), (size.batch, T + TOKENS), 0, full.vocab_size)
+        tokens_BT = jax.random.randint(jax.random.key(0), (size.batch, T + chunk), 0, full.vocab_size)
         prompt_BT, rest_BT = tokens_BT[:, :T], tokens_BT[:, T:]
-        prompts = {name: Candidate(functools.partial(prefill, chunk=chunk), model, prompt_BT) for name, model in built.items()}
+        ways = {"full attention": ("full attention", 4 * chunk), "full attention, one call": ("full attention", T)}
+        ways |= {name: (name, chunk) for name in forms if name not in ways}
+        reading = lambda segment, T=T: functools.partial(prefill, segment=segment, capacity=T + chunk)
+        prompts = {way: Candidate(reading(segment), built[name], prompt_BT) for way, (name, segment) in ways.items()}
         interleave(prompts, size.rounds)
-        kept = {id(prompts[name]): abstract_state_bytes(models.abstract(config), T + TOKENS) for name, config in forms.items()}
+        kept = {id(prompts[way]): abstract_state_bytes(models.abstract(forms[name]), T + chunk) for way, (name, _) in ways.items()}
         columns = {
             "tokens/s": lambda seconds, _, tokens=size.batch * T: f"{tokens / seconds:,.0f}",
             "state MiB": lambda _, candidate, kept=kept: f"{kept[id(candidate)] / 2**20:.2f}",
         }
         table(f"prompt, {size.batch} x {T:,} tokens", prompts, columns)
-        states = {name: model.init_state(size.batch, capacity=T + TOKENS) for name, model in built.items()}
+        states = {name: model.init_state(size.batch, capacity=T + chunk) for name, model in built.items()}
         steps = {name: Candidate(go_on, model, states[name], rest_BT) for name, model in built.items()}
         interleave(steps, size.rounds)
-        columns = {"ms per token": lambda seconds, _: f"{1e3 * seconds / TOKENS:.2f}"}
-        table(f"{TOKENS} tokens behind it", steps, columns)
+        columns = {"ms per token": lambda seconds, _: f"{1e3 * seconds / chunk:.2f}"}
+        table(f"{chunk} tokens behind it, one by one", steps, columns)
 
 
-def prefill(model: Model, prompt_BT: jax.Array, *, chunk: int) -> State:
-    """The state after a prompt."""
-    return read(model, prompt_BT, model.init_state(len(prompt_BT), capacity=prompt_BT.shape[1] + TOKENS), segment=chunk)[1]
+def prefill(model: Model, prompt_BT: jax.Array, *, segment: int, capacity: int) -> State:
+    """The state after a prompt, read in calls of so many tokens."""
+    return read(model, prompt_BT, model.init_state(len(prompt_BT), capacity=capacity), segment=segment)[1]
 
 
 def go_on(model: Model, state: State, rest_BT: jax.Array) -> tuple[State, jax.Array]:

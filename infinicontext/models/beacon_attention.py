@@ -250,7 +250,7 @@ def ratios_of(config: BeaconConfig, place: Place, planned_B: jax.Array, key: jax
       config: options.
       place: of the tokens.
       planned_B: int32, of the cursor.
-      key: in training, draws ratios; with `training_bare_end` all of a document's tokens must be in the call, whose last chunk has none (-1).
+      key: in training, draws ratios; with `training_bare_end` a document must be in one call, whose last chunk has none (-1).
     """
     chunk_BT = chunk_of(config, place.index_BT)
     number_BT = chunk_BT - chunk_of(config, place.index_BT - place.position_BT)
