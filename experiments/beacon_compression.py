@@ -61,8 +61,10 @@ def text() -> Experiment:
         model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, remat=False),
         data=CorpusData(source="python", tokenizer="bytes", length=1024),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        evaluation=Evaluation(tasks=("perplexity",), lengths=(1024, 2048, 4096, 8192, 16384), perplexity=PerplexityEvaluation(documents=8)),
-        steps=600,
+        evaluation=Evaluation(
+            tasks=("perplexity",), lengths=(256, 512, 1024, 2048, 4096, 8192), perplexity=PerplexityEvaluation(documents=8)
+        ),
+        steps=400,
         batch_size=8,
         validation_every=100,
         checkpoint_every=100,
@@ -70,27 +72,29 @@ def text() -> Experiment:
 
 
 def text_beacon() -> Experiment:
-    """Beacons for it: rows of four chunks of 256 bytes."""
+    """Beacons for it: rows of four chunks of 128 bytes."""
     experiment = text()
     return dataclasses.replace(
         experiment,
         name="text_beacon",
-        model=BeaconConfig.of(experiment.model, chunk=256, ratios=(2, 4, 8)),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, train=("beacon",)),
+        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8)),
+        data=dataclasses.replace(experiment.data, length=512),
+        optimizer=dataclasses.replace(experiment.optimizer, train=("beacon",)),
         start_from="runs/beacon/text",
         steps=300,
+        batch_size=16,
     )
 
 
 def text_full() -> Experiment:
-    """Full attention tuned on as many bytes in rows of 8,192, the length that beacons are asked at: what they are to come near."""
+    """Full attention tuned on as many bytes in rows of 4,096, the length that beacons are asked at: what they are to come near."""
     experiment = text()
     return dataclasses.replace(
         experiment,
         name="text_full",
-        data=dataclasses.replace(experiment.data, length=8192),
+        data=dataclasses.replace(experiment.data, length=4096),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3),
         start_from="runs/beacon/text",
         steps=300,
-        batch_size=1,
+        batch_size=2,
     )
