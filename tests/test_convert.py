@@ -16,10 +16,10 @@ from infinicontext import models, pretrained
 from infinicontext.cli import main
 from infinicontext.commands import all_on_tensor
 from infinicontext.data.tokenizers import word_tokenizer
-from infinicontext.models import FamConfig, MegalodonConfig, TransformerConfig
+from infinicontext.models import BeaconConfig, FamConfig, MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig
 from infinicontext.training.run_folder import load_config
-from infinicontext.training.weights import load_model, restore, stop_ids
+from infinicontext.training.weights import load_model, restore, starting_model, stop_ids
 
 WORDS = "the key is one two three four five six seven eight nine ten , ."
 EXPERIMENT = """
@@ -354,6 +354,22 @@ def test_a_transformer_gets_beacons(run, tmp_path, capsys):
     assert "--beacon-token is 99" in refused(run, tmp_path / "no", "--to", "beacon", "--beacon-token", "99")
     assert "model.ratios is (3,)" in refused(run, tmp_path / "no", "--to", "beacon", "--ratios", "3")
     assert not (tmp_path / "no").exists()
+
+
+def test_beacons_begin_as_copies(tmp_path):
+    """Of biases and the output projection, too; training that starts from a folder, as from a run, makes them."""
+    config = TransformerConfig(vocab_size=17, dim=16, layers=2, heads=4, kv_heads=2, feed_forward=24, attention_bias=True)
+    model = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), models.build(config, nnx.Rngs(0)))
+    pretrained.save(model, tmp_path / "qwen", family="qwen2")
+    (tmp_path / "qwen" / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    beacons = BeaconConfig.of(config, chunk=8, ratios=(4,), beacon_output=True)
+    with jax.set_mesh(all_on_tensor()):
+        grown = starting_model(tmp_path / "qwen", beacons, all_on_tensor())
+    attention = grown.blocks.attention
+    for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias"):
+        np.testing.assert_array_equal(getattr(attention.beacons, name)[...], getattr(model.blocks.attention, name)[...])
+    np.testing.assert_array_equal(attention.beacon_o[...], model.blocks.attention.o[...])
+    np.testing.assert_array_equal(grown.beacon[0], model.embedding.table[3])
 
 
 def test_a_transformer_gets_feedback_memory(run, tmp_path, capsys):
