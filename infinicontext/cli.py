@@ -1,4 +1,4 @@
-"""The command line: train, eval, sweep, compare, generate, convert, search-rope, score-tokens, lm-eval, download,
+"""The command line: train, eval, sweep, compare, generate, read, ask, convert, search-rope, score-tokens, lm-eval, download,
 training-questions, ruler-tasks, bench, info.
 
 A mistake of the user is one sentence on stderr and exit status 2; a run that a signal stopped after saving exits with 0.
@@ -23,6 +23,7 @@ from infinicontext.commands import (
     run_generate,
     run_info,
     run_lm_eval,
+    run_read,
     run_ruler_tasks,
     run_score_tokens,
     run_search_rope,
@@ -96,6 +97,24 @@ def make_parser() -> Parser:
         command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command)
         return command
 
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--model", type=pathlib.Path, required=True, help="a run folder or a Hugging Face folder")
+        command.add_argument("--segment", type=int, default=Generation().segment, help="prompt tokens per call")
+        command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
+        command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+    def add_generation(command: argparse.ArgumentParser) -> None:
+        defaults = Generation()
+        command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+        command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
+        command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+        command.add_argument(
+            "--top-p", type=float, default=defaults.top_p, help="draw from the likeliest tokens that reach this probability"
+        )
+        command.add_argument("--seed", type=int, default=defaults.seed)
+        command.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion; not part of it")
+
     rope_help = "official MEGALODON checkpoints: the rotary frequencies stored there (default), or those of the formula"
     fields = "Any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help after an experiment lists them."
     command = add("train", run_train, f"Train an experiment, or resume it. {fields}", takes_overrides=True)
@@ -126,22 +145,15 @@ def make_parser() -> Parser:
 
     text = "Continue prompts with a model: a run folder or a Hugging Face folder. One prompt is streamed; several give a line of JSON each."
     command = add("generate", run_generate, text)
-    defaults = Generation()
+    add_model(command)
+    add_generation(command)
     command.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: the standard input, as one prompt")
-    command.add_argument("--model", type=pathlib.Path, required=True, help="a run folder or a Hugging Face folder")
     command.add_argument(
         "--prompts-file", type=pathlib.Path, help="a .jsonl file with a field prompt, or a text file with a prompt per line"
     )
     command.add_argument("--output", type=pathlib.Path, help="a .jsonl file: prompt, completion, finish (stop or length)")
-    command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
-    command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    command.add_argument("--top-p", type=float, default=defaults.top_p, help="draw from the likeliest tokens that reach this probability")
-    command.add_argument("--seed", type=int, default=defaults.seed)
-    command.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion; not part of it")
     command.add_argument("--rope-policy", choices=get_args(RopePolicy), default="planned", help="LongRoPE: which factors a prompt turns by")
     command.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
-    command.add_argument("--segment", type=int, default=defaults.segment, help="prompt tokens per call")
     command.add_argument(
         "--norm-refresh",
         type=int,
@@ -150,9 +162,24 @@ def make_parser() -> Parser:
         help="MEGALODON: read prompts with norm statistics that forget, as the official code does with 8 6 2: the chunk they are first "
         "replaced at, the last chunks they are then taken from, chunks per call",
     )
-    command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
-    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+    command.set_defaults(memory=None)
+
+    text = "Read a text with a model, and keep what it remembers in a file that `ask` goes on from."
+    command = add("read", run_read, text)
+    command.add_argument("text", nargs="?", type=pathlib.Path, metavar="FILE", help="a text file; default: the standard input")
+    add_model(command)
+    command.add_argument("--memory", type=pathlib.Path, required=True, metavar="FILE", help="is written; one that is there is replaced")
+    command.add_argument("--after", type=pathlib.Path, metavar="FILE", help="a memory to go on from; it may be the same file")
+    text = "tokens that will fit behind the text, where the model's state grows; default: 4096"
+    command.add_argument("--room", type=int, help=text)
+
+    text = "Answer questions about what `read` has kept; each question goes on from there alone, and the file stays as it is."
+    command = add("ask", run_generate, f"{text} One answer is streamed; several give a line of JSON each.")
+    command.add_argument("prompts", nargs="*", metavar="QUESTION", help="default: the standard input, as one question")
+    add_model(command)
+    command.add_argument("--memory", type=pathlib.Path, required=True, metavar="FILE", help="what `read` has written")
+    add_generation(command)
+    command.set_defaults(prompts_file=None, output=None, rope_policy="planned", batch_size=8, norm_refresh=None)
 
     text = "Convert a Hugging Face folder or an official MEGALODON to a run folder, or a run's model to one of these or a run of its own."
     command = add("convert", run_convert, text)

@@ -23,11 +23,12 @@ from infinicontext.evaluation.suites import suite
 from infinicontext.evaluation.training_questions import write_questions
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
+from infinicontext.inference import memory
 from infinicontext.inference.generate import Generation, stream
 from infinicontext.inference.norm_refresh import check_refresh, reader
 from infinicontext.inference.text import TextStream, follow
 from infinicontext.longrope.search import SearchConfig
-from infinicontext.models.streaming import abstract_state_bytes
+from infinicontext.models.streaming import abstract_state_bytes, state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.training import weights
 from infinicontext.training.checks import check, check_devices
@@ -108,7 +109,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    """infinicontext generate PROMPT ... --model FOLDER [--max-new-tokens N] [--temperature T] ..."""
+    """infinicontext generate PROMPT ... --model FOLDER [...], and infinicontext ask QUESTION ... --model FOLDER --memory FILE [...]"""
     prompts = read_prompts(options)
     if options.batch_size < 1:
         raise UserError(f"--batch-size is {options.batch_size}; it must be 1 or more")
@@ -125,7 +126,10 @@ def run_generate(options: argparse.Namespace) -> None:
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step, rope=options.rope)
         generation = dataclasses.replace(generation, stop=tuple((token,) for token in loaded.stop))
-        ids = [weights.prompt_ids(loaded, prompt) for prompt in prompts]
+        if options.memory:
+            state = memory.load(options.memory, loaded.model, weights.parameters_fingerprint(loaded.model))
+            read = memory.after(loaded.model, state)
+        ids = [weights.prompt_ids(loaded, prompt, begins=not options.memory) for prompt in prompts]
         output, temporary = sys.stdout, None
         if options.output:
             temporary = options.output.with_name(options.output.name + ".partial")
@@ -149,6 +153,32 @@ def run_generate(options: argparse.Namespace) -> None:
                 print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
         if temporary:
             temporary.replace(options.output)
+
+
+def run_read(options: argparse.Namespace) -> None:
+    """infinicontext read FILE --model FOLDER --memory FILE [--after FILE] [--room N]"""
+    if options.after and options.room is not None:
+        raise UserError(f"--room is {options.room}, but the room of a memory to go on from, --after {options.after}, stands already")
+    if options.text is None and sys.stdin.isatty():
+        raise UserError("there is no text; name a file or give it on the standard input")
+    try:
+        text = sys.stdin.read() if options.text is None else options.text.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{options.text or 'the standard input'} cannot be read: {error}") from error
+    enable_compilation_cache()
+    mesh = all_on_tensor()
+    with jax.set_mesh(mesh):
+        loaded = weights.load_model(options.model, mesh, dtype=options.dtype, step=options.step, rope=options.rope)
+        model, parameters = loaded.model, weights.parameters_fingerprint(loaded.model)
+        ids = weights.prompt_ids(loaded, text, begins=not options.after)
+        if options.after:
+            state = memory.goes_on(model, memory.load(options.after, model, parameters), ids, segment=options.segment)
+        else:
+            state = memory.remember(model, ids, room=4096 if options.room is None else options.room, segment=options.segment)
+        memory.save(options.memory, state, parameters)
+    room = model.room(state)
+    behind = "any number" if room is None else f"{int(room[0]):,}"
+    print(f"{options.memory}: {int(state.cursor.count_B[0]):,} tokens read, {state_bytes(state):,} bytes, room for {behind} more")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

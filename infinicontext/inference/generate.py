@@ -89,7 +89,8 @@ def stream(
 
     The whole of a burst is one compiled loop. Programs are compiled for the number of rows and for lengths rounded up. What may become a
     stop sequence is held back. `first_row` is the number of the first prompt, where a long list is worked off in batches: random numbers
-    go by it. `read` replaces `read_prompts`, for prompts that are to be read in another way (inference/norm_refresh.py).
+    go by it. `read` replaces `read_prompts`, for prompts that are to be read in another way (inference/norm_refresh.py) or behind
+    something else (inference/memory.py).
 
     Raises:
       UserError: no prompts, an empty one, ids outside the vocabulary, a rope_policy that means nothing for this model, or logits that are
@@ -167,7 +168,11 @@ def _rounded(length: int) -> int:
 
 def read_prompts(model: Model, rows: list[np.ndarray], length: int, planned_B: np.ndarray, segment: int) -> Any:
     """The state after rows of unequal length, with room for `length` tokens each."""
-    state = _empty(model, planned_B, _rounded(length))
+    return read_on(model, rows, _empty(model, planned_B, _rounded(length)), segment)
+
+
+def read_on(model: Model, rows: list[np.ndarray], state: Any, segment: int) -> Any:
+    """The state after more tokens in each row, perhaps none; `state` is donated."""
     longest = max(map(len, rows))
     segment = min(segment, max(_rounded(longest), 1))
     for start in range(0, longest, segment):

@@ -377,18 +377,20 @@ def to_megalodon(source: pathlib.Path, target: pathlib.Path, mesh: Mesh, *, step
     pretrained.megalodon.save(merged(restore(source, load_config(source).model, mesh, step)[1]), target, shards)
 
 
-def prompt_ids(loaded: Loaded, text: str) -> np.ndarray:
-    """A prompt as the model expects it: int32 ids with what stands before a text.
+def prompt_ids(loaded: Loaded, text: str, *, begins: bool = True) -> np.ndarray:
+    """A prompt as the model expects it: int32 ids with what stands before a text that begins there.
 
     Raises:
       UserError: there is no tokenizer, or nothing to read.
     """
     if loaded.tokenizer is None:
         raise UserError("this model's folder has no tokenizer.json, so it cannot read text")
-    if loaded.start is None:
+    if not begins:
+        ids = np.asarray(loaded.tokenizer.encode(text), np.int32)
+    elif loaded.start is None:
         ids = np.array(loaded.tokenizer.library.encode(text).ids, np.int32)
     else:
         ids = np.concatenate([np.array(loaded.start, np.int32), loaded.tokenizer.encode(text)])
     if not len(ids):
-        raise UserError("a prompt is empty, and this model's tokenizer writes nothing before a text")
+        raise UserError("a prompt is empty, and this model's tokenizer writes nothing before it")
     return ids
