@@ -25,11 +25,11 @@ def keys() -> Experiment:
     return Experiment(
         name="keys",
         model=TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, remat=False),
-        data=PasskeyData(lengths=(128, 512, 1024), stage_steps=(120, 120), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
+        data=PasskeyData(lengths=(128, 512, 1024), stage_steps=(120, 280), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(512, 1024, 2048, 4096), passkey=PasskeyEvaluation(samples=20)),
-        steps=400,
+        steps=800,
         batch_size=64,
         log_every=20,
         validation_every=100,
@@ -39,17 +39,17 @@ def keys() -> Experiment:
 
 def keys_beacon() -> Experiment:
     """Beacons for it, which alone are trained: on rows of two and then four chunks of 128 tokens, at ratios 2, 4 and 8 drawn for each
-    chunk."""
+    chunk, which are in the last chunk of a sample, too: there the answer stands."""
     experiment = keys()
     return dataclasses.replace(
         experiment,
         name="keys_beacon",
         model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8), training_bare_end=False),
-        data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(250,), shortest=(200, 300), depths=(-0.1, 0.6)),
+        data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(500,), shortest=(200, 300), depths=(-0.1, 0.8)),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, train=("beacon",)),
         evaluation=dataclasses.replace(experiment.evaluation, lengths=(512, 1024, 2048, 4096, 8192)),
         start_from="runs/beacon/keys",
-        steps=600,
+        steps=1500,
         batch_size=32,
     )
 
