@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_training import final_parameters, metrics, stop_when
 
-from infinicontext import sharding
+from infinicontext import models, sharding
 from infinicontext.data.pipeline import CorpusData, PasskeyData, train_batches
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
@@ -151,6 +152,13 @@ def test_one_coin_per_step(passing):
     coins = np.array([begins(states[1].model, step) for step in range(200)])
     assert (coins == coins[:, :1]).all()
     assert 140 < coins[:, 0].sum() < 180
+
+
+def test_rotary_tables_are_planned_for_the_longest_document(passing):
+    """As where nothing is passed on."""
+    model, ids_BT = models.build(FAM, nnx.Rngs(0)), np.repeat([[1] * 5 + [2] * 15], 4, axis=0).astype(np.int32)
+    begun = state_before(passing, model, jnp.ones((2, 3, 16)), jnp.int32(1), ids_BT)
+    assert begun.cursor.planned_B.tolist() == [15] * 4
 
 
 def test_a_fam_that_has_read_nothing_is_not_passed(passing):

@@ -22,6 +22,7 @@ from infinicontext.models import ModelConfig
 from infinicontext.models.fam import shifted
 from infinicontext.models.streaming import Model, State
 from infinicontext.nn.parameters import at_least_float32
+from infinicontext.objectives.next_token import fresh_state
 
 OFFSETS = 62_832  # random positions are below the paper's 2 pi x 10,000, whatever the rotary base
 
@@ -70,7 +71,7 @@ def state_before(
         return None
     # FAM's rereads draw from the same key, but from keys that are split from it once more.
     coin, half, offset = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), step), 3)
-    empty = model.init_state(*segment_ids_BT.shape)
+    empty = fresh_state(model, segment_ids_BT)
     if offsets:
         B = len(segment_ids_BT)
         half, offset = (jax.random.fold_in(key, microbatch) for key in (half, offset))
