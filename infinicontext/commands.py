@@ -128,7 +128,7 @@ def run_generate(options: argparse.Namespace) -> None:
         generation = dataclasses.replace(generation, stop=tuple((token,) for token in loaded.stop))
         if options.memory:
             state = memory.load(options.memory, loaded.model, weights.parameters_fingerprint(loaded.model))
-            read = memory.after(loaded.model, state)
+            read = memory.after(state)
         ids = [weights.prompt_ids(loaded, prompt, begins=not options.memory) for prompt in prompts]
         output, temporary = sys.stdout, None
         if options.output:

@@ -24,11 +24,11 @@ def test_asking_equals_going_on_with_the_text(name, tmp_path):
     memory.save(tmp_path / "text.mem", state, "parameters")
     again = memory.load(tmp_path / "text.mem", model, "parameters")
     jax.tree.map(np.testing.assert_array_equal, again, state)
-    answers = generate(model, questions, options, read=memory.after(model, again))
+    answers = generate(model, questions, options, read=memory.after(again))
     jax.tree.map(np.testing.assert_array_equal, again, state)
     for question, answer in zip(questions, answers, strict=True):
         whole = memory.remember(model, np.concatenate([text, question])[:-1], room=39 - 20 - len(question), segment=64)
-        expected = generate(model, [question[-1:]], options, read=memory.after(model, whole))
+        expected = generate(model, [question[-1:]], options, read=memory.after(whole))
         np.testing.assert_array_equal(answer.tokens, expected[0].tokens)
 
 
@@ -46,7 +46,7 @@ def test_what_does_not_fit_or_belong(tmp_path):
     with pytest.raises(UserError, match=f"room for {room} more tokens, not for {room + 1}"):
         memory.goes_on(model, state, np.zeros(room + 1, np.int32))
     with pytest.raises(UserError, match=f"room for {room} more tokens"):
-        generate(model, [np.arange(3)], Generation(max_new_tokens=room), read=memory.after(model, state))
+        generate(model, [np.arange(3)], Generation(max_new_tokens=room), read=memory.after(state))
     for tokens, options in (([], {}), ([1], {"room": 0})):
         with pytest.raises(UserError, match=r"nothing to read|room is 0"):
             memory.remember(model, np.array(tokens, np.int32), **options)

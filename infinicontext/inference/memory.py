@@ -4,7 +4,7 @@ Shape letters: B rows.
 
     state = remember(model, book, room=4096)
     save(path, state, parameters_fingerprint(model))
-    generate(model, [question, other], options, read=after(model, state))
+    generate(model, [question, other], options, read=after(state))
 
 Of a model whose state is of constant size the file is as large after a million tokens as after a thousand; of one whose state grows, `room`
 says how many tokens of questions and answers will fit behind the text.
@@ -21,7 +21,7 @@ from safetensors.flax import save_file
 
 from infinicontext.errors import UserError
 from infinicontext.inference.generate import read_on, read_prompts
-from infinicontext.models.streaming import Model, State, require_room
+from infinicontext.models.streaming import Model, State
 
 FORMAT = "infinicontext memory 1"
 
@@ -53,19 +53,19 @@ def goes_on(model: Model, state: State, tokens: np.ndarray, *, segment: int = 51
     Raises:
       UserError: it has no room for so many tokens.
     """
-    require_room(model.room(state), len(tokens))
+    _require_room(model, state, len(tokens))
     return read_on(model, [np.asarray(tokens, np.int32)], jax.tree.map(jnp.copy, state), segment)
 
 
-def after(model: Model, state: State) -> Callable[..., State]:
+def after(state: State) -> Callable[..., State]:
     """What `generate` and `stream` take as `read`: each prompt goes on from a state of one row, as if it alone did.
 
     Raises (when called):
       UserError: prompt and new tokens do not fit.
     """
 
-    def read(model_, rows, length, planned_B, segment):
-        require_room(model.room(state), length)
+    def read(model: Model, rows: list[np.ndarray], length: int, planned_B: np.ndarray, segment: int) -> State:
+        _require_room(model, state, length)
         return read_on(model, rows, branched(model, state, len(rows)), segment)
 
     return read
@@ -77,6 +77,12 @@ def branched(model: Model, state: State, rows: int) -> State:
     # The axis that grows with the number of rows.
     axes = jax.tree.map(lambda x, y: next(axis for axis, (a, b) in enumerate(zip(x.shape, y.shape)) if a != b), one, two)
     return jax.tree.map(lambda x, axis: jnp.repeat(x, rows, axis=axis), state, axes)
+
+
+def _require_room(model: Model, state: State, tokens: int) -> None:
+    room_B = model.room(state)
+    if room_B is not None and int(room_B[0]) < tokens:
+        raise UserError(f"the memory has room for {int(room_B[0])} more tokens, not for {tokens}; read the text with more room")
 
 
 def save(path: pathlib.Path, state: State, parameters: str) -> None:
