@@ -88,3 +88,11 @@ def test_the_rule(score, valid, points, axes):
     groups = [(mask, score_BT)] if axes is None else list(zip(mask, score_BT))
     for threshold, (chosen, of_group) in zip(np.ravel(found.threshold), groups, strict=True):
         assert threshold == of_group[chosen].min() if chosen.any() else np.isnan(threshold)
+    for tied, threshold, chosen, of_group, there in zip(
+        np.ravel(found.tied),
+        np.ravel(found.threshold),
+        *(x[None] if axes is None else x for x in (mask, score_BT, candidates)),
+        strict=True,
+    ):
+        equal = there & (of_group == threshold)
+        assert tied == (equal.sum() if (equal & ~chosen).any() else 0)

@@ -207,6 +207,7 @@ def test_a_model_against_itself_and_warm_up():
         chosen = np.any(np.asarray(gradient) != 0, axis=2)
         np.testing.assert_array_equal(np.flatnonzero(chosen.ravel()), np.flatnonzero(batch["loss_mask"].ravel())[:count])
         assert sums["below_reference"] == 0
+        assert summary(sums).get("selected_tied") == (1 if share < 1 else None)
 
 
 def test_random_numbers_are_of_the_step():
@@ -252,7 +253,7 @@ def test_a_ratio_of_one_is_ordinary_training(accumulation):
     plain, _ = trained(NextToken(), accumulation=accumulation)
     selective, metrics = trained(Selective(ratio=1.0), accumulation=accumulation)
     jax.tree.map(np.testing.assert_array_equal, plain, selective)
-    assert summary(metrics["selection"])["selected"] == 1
+    assert metrics["selection"] == {}
 
 
 def test_devices_select_the_same():
@@ -260,12 +261,17 @@ def test_devices_select_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one[0], eight[0])
     for name in ("chosen", "chosen_by_position"):
         np.testing.assert_array_equal(one[1]["selection"][name], eight[1]["selection"][name])
+    np.testing.assert_allclose(one[1]["gradient_norm"], eight[1]["gradient_norm"], rtol=1e-5)
 
 
 def test_two_passes_rank_the_whole_batch():
-    whole, _ = trained(Selective(ratio=0.4), steps=1)
-    two, _ = trained(Selective(ratio=0.4, two_passes=True), steps=1, accumulation=4)
+    whole, expected = trained(Selective(ratio=0.4), steps=1)
+    two, found = trained(Selective(ratio=0.4, two_passes=True), steps=1, accumulation=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, two)
+    places = lambda metrics: metrics["selection"]["chosen_by_position"].tolist()
+    assert places(found) == places(expected)
+    _, other = trained(Selective(ratio=0.4), steps=1, accumulation=4)
+    assert places(other) != places(expected), "each microbatch by itself selects others"
 
 
 def test_pieces_of_documents():
@@ -351,8 +357,15 @@ def test_commands(tmp_path, monkeypatch, command_line):
     header = json.loads((tmp_path / "scores" / "header.json").read_text())
     (tmp_path / "scores" / "header.json").write_text(json.dumps(header | {"rows": 8, "complete": False}))
     fails("train experiments.py:stored --workdir stored", "scores is not complete")
+    begun = np.full(len(corpus.tokens), np.nan)
+    for row in rows(pieces(corpus, header["window"], header["stride"]), header["window"])[:8]:
+        keep_row(begun, row, np.full(header["window"], 7.0))
+    assert 0 < np.sum(begun == 7) < np.sum(np.isfinite(kept["loss"]))
+    np.save(tmp_path / "scores" / "reference_loss.npy", begun.astype(np.float16))
     run(f"{score} --entropy --batch 8")
-    np.testing.assert_array_equal(np.load(tmp_path / "scores" / "reference_loss.npy"), kept["loss"])
+    again = np.load(tmp_path / "scores" / "reference_loss.npy")
+    np.testing.assert_array_equal(again, np.where(begun == 7, np.float16(7), kept["loss"]))
+    np.save(tmp_path / "scores" / "reference_loss.npy", kept["loss"])
     fails(f"{score} --batch 8", "other scores", "scores was")
     (tmp_path / "a_file").write_text("")
     fails("score-tokens reference texts.jsonl a_file", "a_file cannot be made")
@@ -400,7 +413,12 @@ def test_commands(tmp_path, monkeypatch, command_line):
     run("train experiments.py:reference --workdir reference --steps 3 --allow-config-change")
     fails("train experiments.py:online --workdir online --steps 2", "another config")
     write(31)
-    fails("train experiments.py:stored --workdir a", "data.reference scores was made for another")
+    fails("train experiments.py:stored --workdir a", "data.reference scores was made for another number of tokens than data has")
+    # Where the scores are gone, what was trained with them is evaluated all the same.
+    write(30)
+    (tmp_path / "scores").rename(tmp_path / "elsewhere")
+    run("eval stored --tasks perplexity")
+    fails("eval stored --tasks selection", "header.json")
     fails("score-tokens reference texts.jsonl scores --batch 0", "--batch is 0")
 
 

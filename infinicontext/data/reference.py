@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 def header(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
     """What scores are of."""
-    return {"tokens": len(corpus.tokens), "corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    return {"tokenizer": tokenizer.fingerprint(), "tokens": len(corpus.tokens), "corpus": corpus.fingerprint()}
 
 
 def load_scores(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -44,7 +44,9 @@ def load_scores(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str,
         raise UserError(f"data.reference {folder} is not complete; the same infinicontext score-tokens goes on with it")
     for name, value in header(corpus, tokenizer).items():
         if found.get(name) != value:
-            raise UserError(f"data.reference {folder} was made for another {name} ({found.get(name)}) than that of data ({value})")
+            made = f"{found.get('source')} with validation_fraction {found.get('validation_fraction')}"
+            what = {"tokenizer": "tokenizer", "tokens": "number of tokens", "corpus": "text"}[name]
+            raise UserError(f"data.reference {folder} was made for another {what} than data has; it was made of {made}")
     try:
         scores = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES if (folder / f"{name}.npy").exists()}
     except (OSError, ValueError) as error:

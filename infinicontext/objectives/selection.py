@@ -19,6 +19,7 @@ class Selection(NamedTuple):
     mask: jax.Array  # bool, in the shape of the scores
     candidates: jax.Array  # bool, what could be selected: valid tokens with a finite score
     threshold: jax.Array  # float32, for each group the least score that is selected; NaN where nothing is
+    tied: jax.Array  # int32, for each group the candidates with that score, if only some of them are selected; else 0
 
 
 def count_of(candidates: jax.Array, basis_points: jax.Array | int) -> jax.Array:
@@ -59,7 +60,7 @@ def top_share(score: jax.Array, valid: jax.Array, basis_points: jax.Array | int,
 
     threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(wanted.shape, jnp.uint32))
     # Of those with that key the first ones: up to the greatest index before which there are fewer than are needed.
-    needed = wanted - count(key > threshold)
+    needed, equal = wanted - count(key > threshold), count(key == threshold)
     index = jnp.arange(score.size, dtype=jnp.int32).reshape(score.shape)
     bits = max(score.size - 1, 1).bit_length()
 
@@ -69,7 +70,8 @@ def top_share(score: jax.Array, valid: jax.Array, basis_points: jax.Array | int,
 
     last = jax.lax.fori_loop(0, bits, set_index_bit, jnp.zeros(wanted.shape, jnp.int32))
     mask = candidates & (wanted > 0) & ((key > threshold) | ((key == threshold) & (index <= last)))
-    return Selection(mask, candidates, jnp.where(wanted > 0, _score(threshold), jnp.nan))
+    tied = jnp.where((wanted > 0) & (needed < equal), equal, 0)
+    return Selection(mask, candidates, jnp.where(wanted > 0, _score(threshold), jnp.nan), tied)
 
 
 def _sortable(score: jax.Array) -> jax.Array:

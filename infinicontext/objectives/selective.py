@@ -4,7 +4,7 @@ arXiv 2404.07965).
 Shape letters: B rows, T targets of a row, M microbatches, G groups, N position buckets, C tokens of a bucket, V vocabulary.
 
 Which tokens are learnt from depends on the losses of the pass that they are learnt from; how many does not. So weights can be normalised
-before that pass, over all microbatches and devices, and a ratio of 1 gives the numbers of ordinary training.
+before that pass, over all microbatches and devices.
 """
 
 import dataclasses
@@ -26,13 +26,16 @@ from infinicontext.objectives.selection import Selection, count_of, in_basis_poi
 Score = Literal["excess", "low_reference_loss", "low_reference_entropy", "loss", "random"]
 FIXED = ("low_reference_loss", "low_reference_entropy", "random")
 BINS = 16  # of positions, in metrics
+MANY_TIED = 0.01  # of the tokens that may be selected
 
 
 @dataclasses.dataclass(frozen=True)
 class Selective:
     """Which tokens count in the loss, and how it is computed."""
 
-    ratio: float = 0.6  # of the tokens that may be selected; the papers' 60% for 1B, 70% for 7B parameters
+    # Of the tokens that may be selected; the paper's are 0.6 for 1B and 0.7 for 7B parameters. 1 is ordinary training: nothing is ranked,
+    # and no reference is read.
+    ratio: float = 0.6
     score: Score = "excess"
     also: Score | None = None  # a second score, which like the first must not depend on the model, for the same ratio
     both: Literal["intersection", "union"] = "intersection"  # what is selected by two scores
@@ -159,13 +162,14 @@ def selective_loss(
     """
     losses_BT, state = row_losses(model, batch, dropout_key, state, chunk=objective.chunk)
     still_BT, known_BT = jax.lax.stop_gradient(losses_BT), batch["weights"] > 0
-    chosen_BT, threshold = batch["decided"], jnp.float32(jnp.nan)
+    chosen_BT, threshold, tied = batch["decided"], jnp.float32(jnp.nan), jnp.int32(0)
     if objective.score not in FIXED and not objective.two_passes:
         score_BT = _score(objective.score, batch, still_BT, None)
         found = select(objective, score_BT, known_BT & ~batch["decided"], batch["basis_points"][0, 0])
-        chosen_BT, threshold = chosen_BT | found.mask, jnp.mean(found.threshold)
+        chosen_BT, threshold, tied = chosen_BT | found.mask, jnp.nanmean(found.threshold), jnp.sum(found.tied)
     loss = weighted_sum(losses_BT, jnp.where(chosen_BT, batch["weights"], 0))
-    return loss, (state, _sums(batch, still_BT, chosen_BT) | {"threshold": threshold, "passes": jnp.float32(1)})
+    sums = _sums(batch, still_BT, chosen_BT) | {"threshold": threshold, "tied": tied.astype(jnp.float32), "passes": jnp.float32(1)}
+    return loss, (state, sums)
 
 
 def select(objective: Selective, score_BT: jax.Array, candidates_BT: jax.Array, basis_points: jax.Array | int) -> Selection:
@@ -174,7 +178,7 @@ def select(objective: Selective, score_BT: jax.Array, candidates_BT: jax.Array, 
     found = top_share(groups(score_BT), groups(candidates_BT), basis_points, axes)
     B, T = score_BT.shape
     whole = lambda x: x.reshape(B, -1)[:, :T]
-    return Selection(whole(found.mask), whole(found.candidates), found.threshold)
+    return found._replace(mask=whole(found.mask), candidates=whole(found.candidates))
 
 
 _AXES = {"batch": None, "row": (1,), "shard": (1, 2), "position": (0, 2)}
@@ -229,6 +233,7 @@ def _sums(batch: dict[str, jax.Array], losses_BT: jax.Array, chosen_BT: jax.Arra
         reference_BT = batch["reference_loss"]
         sums["below_reference"] = total(chosen_BT & (losses_BT < reference_BT))
         sums["chosen_reference"] = total(chosen_BT & jnp.isfinite(reference_BT), reference_BT)
+        sums["chosen_known"] = total(chosen_BT & jnp.isfinite(reference_BT))
     T = all_BT.shape[1]
     bin_T = jnp.arange(T, dtype=jnp.int32) * BINS // T
     by_bin = lambda where_BT: jnp.zeros(BINS).at[bin_T].add(jnp.sum(where_BT, axis=0, dtype=jnp.float32))
@@ -239,6 +244,7 @@ def summary(sums: dict[str, jax.Array]) -> dict[str, float | list[float]]:
     """What is recorded of a step: share and mean losses of the selected tokens, and their share by position in the row, in 16 parts."""
     mean = lambda a, b: float(a) / max(float(b), 1.0)
     found = {
+        "candidates_loss": mean(sums["chosen_loss"] + sums["others_loss"], sums["chosen"] + sums["others"]),
         "selected": mean(sums["chosen"], sums["chosen"] + sums["others"]),
         "selected_loss": mean(sums["chosen_loss"], sums["chosen"]),
         "unselected_loss": mean(sums["others_loss"], sums["others"]),
@@ -246,8 +252,11 @@ def summary(sums: dict[str, jax.Array]) -> dict[str, float | list[float]]:
     if np.isfinite(sums["threshold"]):
         # The least score that was selected, of microbatches and groups their mean.
         found["selected_from"] = mean(sums["threshold"], sums["passes"])
+    if (tied := mean(sums["tied"], sums["chosen"] + sums["others"])) > MANY_TIED:
+        # Of so large a share, all with one score, the first ones were taken.
+        found["selected_tied"] = tied
     if "below_reference" in sums:
         found["selected_below_reference"] = mean(sums["below_reference"], sums["chosen"])
-        found["selected_reference_loss"] = mean(sums["chosen_reference"], sums["chosen"])
+        found["selected_reference_loss"] = mean(sums["chosen_reference"], sums["chosen_known"])
     pairs = zip(sums["chosen_by_position"].tolist(), sums["all_by_position"].tolist())
     return found | {"selected_by_position": [round(mean(*pair), 4) for pair in pairs]}

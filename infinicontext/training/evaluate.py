@@ -20,7 +20,7 @@ from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted, row_losses
 from infinicontext.objectives.selective import Selective, of_validation
 from infinicontext.training.checkpoint import Checkpoints
-from infinicontext.training.checks import check
+from infinicontext.training.checks import check_devices, check_ids, check_reference
 from infinicontext.training.loop import enable_compilation_cache
 from infinicontext.training.step import make_steps
 from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore
@@ -28,7 +28,10 @@ from infinicontext.training.weights import load_model, merged, parameters_finger
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
     """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint and model."""
-    check(experiment)
+    check_ids(experiment)
+    check_devices(experiment)
+    if "selection" in experiment.evaluation.tasks:
+        check_reference(experiment)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(output.name + ".tmp").touch()

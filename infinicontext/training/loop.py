@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -118,6 +120,8 @@ def train(
             if step % experiment.log_every == 0 or step == experiment.steps or hopeless:
                 record = {"step": step} | {name: float(values[name]) for name in ("loss", "gradient_norm", "learning_rate")}
                 record |= summary(values["selection"]) if values["selection"] else {}
+                if tied := record.get("selected_tied"):
+                    say(f"warning: step {step}: {tied:.0%} of tokens have the score at which selection ends; the first of them were taken")
                 record["tokens"] = pipeline.tokens_read(experiment.data, experiment.batch_size, step, divisor)
                 metrics.write(record | ({"skipped_updates": skipped} if skipped else {}) | clock.rates())
             if hopeless:
@@ -175,13 +179,13 @@ def train(
 
 
 def load_reference(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model | None:
-    """The reference model of a selective objective, if it reads batches while another is trained.
+    """The reference model of a selective objective, if it reads batches while another is trained; where all tokens are learnt from none.
 
     Raises:
       UserError: there is no such model, or its tokens are others.
     """
     objective = experiment.objective
-    if not isinstance(objective, Selective) or not objective.reference:
+    if not isinstance(objective, Selective) or not objective.reference or objective.ratio == 1:
         return None
     reference = load_model(pathlib.Path(objective.reference), mesh)
     tokenizer = pipeline.tokenizer_of(experiment.data)
@@ -193,11 +197,11 @@ def load_reference(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model | N
 
 
 def reference_fingerprint(experiment: Experiment, reference: Model | None) -> str:
-    """Of the reference's parameters, or of the scores it has left; empty where there is none."""
+    """Of the reference's parameters, or of what is said of the scores it has left; empty where there is none."""
     if reference is not None:
         return "-" + parameters_fingerprint(reference)
     stored = getattr(experiment.data, "reference", "")
-    return "-" + str(read_json(pathlib.Path(stored) / HEADER).get("parameters")) if stored else ""
+    return "-" + hashlib.sha256(json.dumps(read_json(pathlib.Path(stored) / HEADER)).encode()).hexdigest() if stored else ""
 
 
 def reference_reader(experiment: Experiment, reference: Model | None) -> Callable[[dict], dict]:

@@ -32,7 +32,7 @@ def check_run_folder(experiment: Experiment, workdir: pathlib.Path, data_fingerp
     if (workdir / "config.json").exists():
         changes = differences(load_config(workdir), experiment)
         if not changes and json.loads((workdir / "config.json").read_text()).get("data_fingerprint") != data_fingerprint:
-            changes = ["the documents or the tokenizer that data names are no longer the same"]
+            changes = ["the documents, the tokenizer or the reference that it names are no longer the same"]
         if changes and not allow_config_change:
             raise UserError(
                 f"{workdir} was started with another config ({'; '.join(changes[:5])}); pass --allow-config-change to go on, or use a "

@@ -55,7 +55,11 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     fraction = schedule(experiment.optimizer, experiment.steps)
     trained_part = lambda model: of_groups(model, experiment.optimizer.train)
-    selective = isinstance(experiment.objective, Selective)
+    objective = experiment.objective
+    if isinstance(objective, Selective) and objective.ratio == 1:
+        # The same program, so the same numbers to the last bit, which no two programs promise.
+        objective = of_validation(objective)
+    selective = isinstance(objective, Selective)
 
     def begin(model):
         return TrainState(jnp.int32(0), model, optimizer.init(trained_part(model)), nothing_yet(experiment, model))
@@ -77,9 +81,9 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
             model = with_parameters(state.model, trained)
             before = state_before(experiment, model, state.carried, state.step, part["segment_ids"][:, :-1], microbatch)
             if selective:
-                loss, (after, sums) = selective_loss(experiment.objective, model, part, key, before)
+                loss, (after, sums) = selective_loss(objective, model, part, key, before)
             else:
-                (loss, after), sums = weighted_loss(experiment.objective, model, part, key, before), {}
+                (loss, after), sums = weighted_loss(objective, model, part, key, before), {}
             return loss, (carried_after(experiment, after), sums)
 
         if experiment.accumulation == 1:
@@ -117,7 +121,6 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
 
     def weighted(state: TrainState, batch, cut, keys_M):
         """The batch with each token's weight in the loss."""
-        objective = experiment.objective
         if not selective:
             return batch | {"weights": token_weights(objective, batch)}
         if objective.two_passes:
@@ -132,8 +135,8 @@ def make_steps(experiment: Experiment, mesh: jax.sharding.Mesh) -> Steps:
         return prepare(objective, batch, step=state.step, seed=experiment.seed, microbatches=experiment.accumulation)
 
     def validation_loss(model, batch):
-        objective = of_validation(experiment.objective)
-        return weighted_loss(objective, model, batch | {"weights": token_weights(objective, batch)})[0]
+        of_all = of_validation(objective)
+        return weighted_loss(of_all, model, batch | {"weights": token_weights(of_all, batch)})[0]
 
     def gates(model):
         model = model.merged() if isinstance(model, models.Adapted) else model
