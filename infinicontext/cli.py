@@ -209,7 +209,7 @@ def make_parser() -> Parser:
     command.add_argument("folder", nargs="?", metavar="MODEL", help="a run folder or a Hugging Face folder")
     command.add_argument("--target-length", help="tokens, as in 32k")
     command.add_argument("--output", type=pathlib.Path, help="a .json file; a picture and the search so far are put beside it")
-    command.add_argument("--data", help="documents to search on, as --data.source; default: those that a run keeps for validation")
+    command.add_argument("--data", help="documents to search on, as --data.source; default: those that a run learnt from")
     command.add_argument("--original-length", help="tokens the model was trained on; default: what the folder says")
     command.add_argument("--documents", type=int, default=5, help="that candidates read, each of the target length")
     command.add_argument("--short", action="store_true", help="the factors for texts up to the original length, of a model with longrope")

@@ -32,7 +32,7 @@ class Task(NamedTuple):
     model: pathlib.Path  # a run folder or a Hugging Face folder
     target_length: int
     output: pathlib.Path
-    data: str | None  # None: what the run was trained on, its validation documents
+    data: str | None  # None: what the run was trained on, its training documents, so that those held out are new to evaluations
     original_length: int | None  # None: what the folder says
     documents: int
     short: bool  # factors for texts up to the original length
@@ -128,9 +128,12 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
             start_tokens=space.start_tokens(best),
             attention_factor=factor,
             # LongRoPE2 leaves short texts as they were.
-            short_attention_factor=1.0 if config.algorithm == "longrope2" else rope.short_attention_factor,
+            short_attention_factor=1.0 if config.algorithm == "longrope2" and factor != 1 else rope.short_attention_factor,
         )
-    compared = {name: known_factors(name, rope, model.config.head_size, scale, original) for name in BASELINES}
+    plain = RopeConfig(base=rope.base, partial=rope.partial)
+    # In a second search those of what is still missing, on top of what the model has.
+    has = np.array(found.long_factors or (1.0,))
+    compared = {name: has * known_factors(name, plain, model.config.head_size, scale / done, original) for name in BASELINES}
     losses = dict(zip(compared, score(np.stack(list(compared.values())), np.zeros(len(compared), np.int32)).tolist()))
     save_factors(task.output, result, about | {"loss": loss, "losses_of_known_factors": losses, "scored": progress.history[-1]["scored"]})
     draw(task.output.with_suffix(".png"), progress, compared, losses, factors, scale)
@@ -159,7 +162,7 @@ def read_corpus(task: Task, loaded: Loaded) -> Corpus:
     data = load_config(task.model).data if is_run(task.model) else None
     if not isinstance(data, CorpusData):
         raise UserError("--data is missing; it names the documents to search on, for the model was not trained on a corpus here")
-    return load_corpus(data.source, loaded.tokenizer, "validation", data.validation_fraction)
+    return load_corpus(data.source, loaded.tokenizer, "train", data.validation_fraction)
 
 
 def draw(path: pathlib.Path, progress: Progress, compared: dict, losses: dict, factors: tuple[float, ...], scale: float) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import chex
 import jax
@@ -13,9 +14,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from infinicontext import models
+from infinicontext.data.corpora import Corpus
+from infinicontext.data.passkey import FILLER
+from infinicontext.data.tokenizers import load_tokenizer
 from infinicontext.errors import UserError
 from infinicontext.longrope.factors import critical_pair, factors_below, known_factors, load_factors, magnitude, save_factors
-from infinicontext.longrope.score import Documents, Scorer, stretches
+from infinicontext.longrope.score import Documents, Scorer, needles, stretches
 from infinicontext.longrope.search import Candidate, CriticalSpace, SearchConfig, Space, evolve
 from infinicontext.models.transformer import TransformerConfig
 from infinicontext.nn.rope import RopeConfig, rope_table, rotation
@@ -239,6 +243,46 @@ def test_scores_equal_those_of_models_with_these_factors(scored):
         np.testing.assert_allclose(losses_N, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_search_compiles_once():
+    """The population, mutants and crosses of all iterations, whole calls and the rest of one."""
+    score = scorer(make_mesh(MeshConfig(data=1), jax.devices()[:1]), batch=4)
+    progress = evolve(Space(SMALL, PLAIN, MODEL.head_size, 8.0, 512), score)
+    assert progress.history[-1]["scored"] > 4 * SMALL.iterations
+    assert score.losses._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["bytes", "passkey"])
+def test_needles(name):
+    """A number in the first tenth of each document, which is asked for at the end; its digits alone are scored."""
+    tokenizer, size = load_tokenizer(name), 400
+    documents = [tokenizer.encode(FILLER * 40)[: size + 10] for _ in range(6)]
+    starts = np.cumsum([0, *map(len, documents)])
+    corpus = Corpus(np.concatenate(documents), starts, tuple("abcdef"), np.diff(starts))
+    found = needles(corpus, tokenizer, size, 4, seed=1)
+    assert found.tokens_BS.shape == (4, size + 1)
+    keys = set()
+    for tokens_S in found.tokens_BS:
+        # The tokenizer of words knows no capitals.
+        text, answer = (tokenizer.decode(part).replace(" ", "").lower() for part in (tokens_S, tokens_S[-found.scored :]))
+        key = re.search(r"passkeyis(\d+)\.remember", text)
+        assert key.start() < 0.15 * len(text)
+        assert answer == key[1] == text[-7:]
+        keys.add(key[1])
+    assert len(keys) == 4
+    with pytest.raises(UserError, match="--target-length is 20; a text with a needle must have"):
+        needles(corpus, tokenizer, 20, 4, seed=1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_official_configs_are_files_of_factors(golden, case):
+    """In any of transformers' spellings."""
+    (path,) = (golden / "longrope").glob(f"{case}_longrope.config.json")
+    record = json.loads(path.read_text())
+    head_dim = record.get("head_dim") or record["hidden_size"] // record["num_attention_heads"]
+    assert load_factors(path, head_dim).scheme == "longrope"
+
+
 def test_files_of_factors(tmp_path):
     rope = RopeConfig(
         "longrope",
@@ -337,6 +381,14 @@ def test_commands(tmp_path, monkeypatch, command_line):
     assert max(short.short_factors) <= 1.25
     if rope.start_tokens:
         fails("convert longer out --to huggingface", "start_tokens")
+    for name, options in (("plain", "--start-tokens 0"), ("second", "--algorithm longrope2 --magnitude none --data texts.jsonl")):
+        run(f"{search} --iterations 0 --target-length 160 --output {name}.json --batch 8 {options}")
+        run(f"convert run {name} --to run --factors {name}.json")
+        run(f"convert {name} {name}_there --to huggingface")
+        assert (
+            load_factors(tmp_path / f"{name}_there" / "config.json", 8).long_factors
+            == load_factors(tmp_path / f"{name}.json", 8).long_factors
+        )
 
     fails("search-rope", "the model is missing")
     fails("search-rope run --output a.json", "--target-length is missing")

@@ -98,8 +98,8 @@ def load_factors(path: pathlib.Path, head_dim: int, model: RopeConfig | None = N
       UserError: the file cannot be read, or its factors are not one for each pair of `head_dim`, 1 or more, none less than the one before.
     """
     record = read_json(path)
-    if not isinstance(record.get("rope_scaling"), dict):
-        raise UserError(f"{path}: it has no object rope_scaling with the factors")
+    if not isinstance(record.get("rope_scaling") or record.get("rope_parameters"), dict):
+        raise UserError(f"{path}: it has no object rope_scaling or rope_parameters with the factors")
     start = record.get("start_tokens", 0)
     if model is not None:
         record = {"rope_theta": model.base, "partial_rotary_factor": model.partial} | record

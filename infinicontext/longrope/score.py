@@ -67,17 +67,19 @@ def first_tokens(corpus: Corpus, length: int, count: int, seed: int) -> Document
 def needles(corpus: Corpus, tokenizer: Tokenizer, length: int, count: int, seed: int, digits: int = 7) -> Documents:
     """Documents with a number said near their beginning and asked for at the end, where it alone is scored (LongRoPE2, section 3.3).
 
-    The sentences are those of the passkey task. Where they stand is drawn from the first tenth of the text.
+    The sentences are those of the passkey task. Where they stand is drawn from the first tenth of the text. A space token before the number
+    counts to the question.
 
     Raises:
       UserError: there are not so many long documents, or the tokenizer needs different numbers of tokens for numbers of one length.
     """
-    rng, rows, scored = np.random.default_rng((seed, 1)), [], set()
+    rng, rows, scored, space = np.random.default_rng((seed, 1)), [], set(), tokenizer.encode(" ")
     for tokens_S in _long_documents(corpus, length + 1, count, seed):
         for _ in range(DRAWS):
             key = str(rng.integers(10 ** (digits - 1), 10**digits))
             answer = tokenizer.encode(f" {key}")
-            if not scored or len(answer) in scored:
+            size = len(answer) - (len(space) if np.array_equal(answer[: len(space)], space) else 0)
+            if not scored or size in scored:
                 break
         line, question = tokenizer.encode(KEY_LINE.format(key=key)), tokenizer.encode(QUESTION)
         around = len(tokens_S) - len(line) - len(question) - len(answer)
@@ -85,7 +87,7 @@ def needles(corpus: Corpus, tokenizer: Tokenizer, length: int, count: int, seed:
             raise UserError(f"--target-length is {length}; a text with a needle must have {length + 1 - around} tokens or more")
         at = int(rng.integers(1, max(around // 10, 2)))
         rows.append(np.concatenate([tokens_S[:at], line, tokens_S[at:around], question, answer]).astype(np.int32))
-        scored.add(len(answer))
+        scored.add(size)
     if len(scored) > 1:
         raise UserError(
             f'the tokenizer "{tokenizer.name}" needs {sorted(scored)} tokens for numbers of {digits} digits; one number is needed'

@@ -158,8 +158,8 @@ def obstacles(config: TransformerConfig, family: Family) -> list[str]:
         f"rope.scheme {rope.scheme}": rope.scheme not in ("default", "ntk", "longrope") and family == "phi3",
         f"model.head_dim {config.head_dim}": config.head_size * config.heads != config.dim and family == "phi3",
         # transformers has one factor for both sets.
-        "rope.short_attention_factor": rope.short_attention_factor is not None,
-        "rope.long_attention_factor": rope.long_attention_factor is not None,
+        "rope.short_attention_factor": rope.short_attention_factor not in (None, rope.attention_factor),
+        "rope.long_attention_factor": rope.long_attention_factor not in (None, rope.attention_factor),
         f"rope.start_tokens {rope.start_tokens}": rope.start_tokens > 0,
     }
     return [name for name, found in checks.items() if found]
