@@ -1,5 +1,6 @@
 """Packed rows against the plain concatenation of documents."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infinicontext.data.corpora import Corpus
-from infinicontext.data.packing import PackedRows, sequential_index
+from infinicontext.data.packing import PackedRows, sequential_index, with_short_documents
+from infinicontext.data.pipeline import CorpusData, train_batches
+from infinicontext.errors import UserError
 
 
 def corpus_of(lengths: list[int]) -> Corpus:
@@ -78,3 +81,39 @@ def test_sequential_order_reads_on_and_covers_everything(rows, batch_size, start
     table = np.array([[sequential_index(start + s, b, batch_size, rows) for b in range(batch_size)] for s in range(steps + 1)])
     assert ((table[1:] - table[:-1]) % rows == 1 % rows).all()
     assert set(table[:steps].ravel()) == set(range(rows))
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 20])
+def test_short_documents(length):
+    """Borders stay, more come, nothing else changes; no target lies behind a border."""
+    segment_S = np.array([3] * 6 + [4] * 9 + [0] * 2, np.int32)
+    continues_T = ((segment_S[1:] == segment_S[:-1]) & (segment_S[1:] > 0)).astype(np.float32)
+    row = {"tokens": np.arange(17), "segment_ids": segment_S, "loss_mask": continues_T, "answer_mask": continues_T * 0}
+    found = with_short_documents(row, np.random.default_rng(0), share=1.0, length=length)
+    ids_S = found["segment_ids"]
+    np.testing.assert_array_equal(found["tokens"], row["tokens"])
+    np.testing.assert_array_equal(ids_S > 0, segment_S > 0)
+    assert max(np.bincount(ids_S[ids_S > 0])) == min(length, 9)
+    assert all(len({(segment_S[i], i // length) for i in np.flatnonzero(ids_S == one)}) == 1 for one in set(ids_S[ids_S > 0]))
+    np.testing.assert_array_equal(found["loss_mask"], (ids_S[1:] == ids_S[:-1]) & (ids_S[1:] > 0))
+    assert with_short_documents(row, np.random.default_rng(0), share=0.0, length=length) is row
+
+
+def test_a_share_of_rows_has_short_documents(tmp_path):
+    """The same rows for the same seed, whatever step reading begins at."""
+    (tmp_path / "a.txt").write_text("word " * 4000)
+    (tmp_path / "b.txt").write_text("more " * 4000)
+    data = CorpusData(str(tmp_path), length=64, validation_fraction=0.01, short_rows=0.4, short_length=16)
+    batches = list(itertools.islice(train_batches(data, 50, seed=0, step=0), 4))
+    longest = [max(np.bincount(ids[ids > 0])) for batch in batches for ids in batch["segment_ids"]]
+    assert 0.25 < np.mean(np.array(longest) <= 16) < 0.6
+    again = next(train_batches(data, 50, seed=0, step=3))
+    np.testing.assert_array_equal(again["segment_ids"], batches[3]["segment_ids"])
+    for changes, message in (
+        ({"short_rows": 1.5}, "short_rows is 1.5"),
+        ({"short_length": 0}, "short_length is 0"),
+        ({"order": "sequential"}, "it goes with data.order"),
+        ({"one_document": True}, "it goes with data.order"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(data, **changes)

@@ -142,6 +142,17 @@ def best_fit(lengths: Iterable[int], room: int) -> list[list[int]]:
     return rows
 
 
+def with_short_documents(row: dict[str, np.ndarray], rng: np.random.Generator, *, share: float, length: int) -> dict[str, np.ndarray]:
+    """With the probability `share` a row whose documents end wherever `length` tokens of it are full, too; else the row as it is."""
+    if rng.random() >= share:
+        return row
+    segment_S = row["segment_ids"]
+    border_T = (segment_S[1:] != segment_S[:-1]) | (np.arange(1, len(segment_S)) % length == 0)
+    ids_S = np.concatenate([[1], 1 + np.cumsum(border_T)])
+    masks = {name: np.where(border_T, np.float32(0), row[name]) for name in ("loss_mask", "answer_mask")}
+    return row | masks | {"segment_ids": np.where(segment_S > 0, ids_S, 0).astype(np.int32)}
+
+
 def sequential_index(step: int, row: int, batch_size: int, rows: int) -> int:
     """Which packed row stands in row `row` of batch `step` when documents are read on from batch to batch.
 

@@ -25,7 +25,7 @@ from infinicontext.data.copying import PROMPT, as_one_document, check_copy, row_
 from infinicontext.data.corpora import Split, documents, load_corpus
 from infinicontext.data.images import ImageData, Images, class_names, load_images, stored_images
 from infinicontext.data.instructions import InstructionData, as_text, conversations, load_conversations
-from infinicontext.data.packing import PackedRows, WholeRows, sequential_index
+from infinicontext.data.packing import PackedRows, WholeRows, sequential_index, with_short_documents
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.recall import RecallData
 from infinicontext.data.reference import load_scores
@@ -52,6 +52,9 @@ class CorpusData:
       one_document: the documents of a row see one another, as in TransformerFAM's training, and with order "sequential" those of all rows.
       copy_tokens: the copy task of TransformerFAM's training (data/copying.py): so many tokens of each row are asked for again at its end.
       reference: a folder of `infinicontext score-tokens`: what a reference model makes of each token, for a selective objective.
+      short_rows: in this share of the rows, drawn at random, a document ends after every `short_length` tokens at the latest: LongRoPE2's
+        mixed windows (arXiv 2502.20082, section 3.4), for which models with its factors turn by those of short texts.
+      short_length: tokens.
     """
 
     source: str = "python"
@@ -62,8 +65,18 @@ class CorpusData:
     one_document: bool = False
     copy_tokens: int = 0
     reference: str = ""
+    short_rows: float = 0.0
+    short_length: int = 256
 
     def __post_init__(self):
+        if not 0 <= self.short_rows <= 1:
+            raise UserError(f"data.short_rows is {self.short_rows}; it must be from 0 to 1")
+        if self.short_length < 1:
+            raise UserError(f"data.short_length is {self.short_length}; it must be 1 or more")
+        if self.short_rows and (self.order == "sequential" or self.one_document):
+            raise UserError(
+                f'data.short_rows is {self.short_rows}; it goes with data.order "shuffled" and without data.one_document: documents must end'
+            )
         if self.reference and self.copy_tokens:
             raise UserError(
                 f"data.copy_tokens is {self.copy_tokens}; with data.reference, which knows no tokens but the corpus's, it must be 0"
@@ -249,6 +262,8 @@ def train_batches(
         rows = grain.MapDataset.source(packed).seed(seed).shuffle().repeat(-(-STEPS // len(packed)))
         if getattr(data, "one_document", False):
             rows = rows.map(as_one_document)
+        if getattr(data, "short_rows", 0):
+            rows = rows.random_map(functools.partial(with_short_documents, share=data.short_rows, length=data.short_length))
         if copies:
             rows = rows.random_map(functools.partial(with_copy, copy_tokens=copies, prompt=tokenizer.encode(PROMPT)))
         batches = rows[process_index::process_count].batch(batch_size // process_count)
