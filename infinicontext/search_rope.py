@@ -81,7 +81,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     kind = CriticalSpace if config.algorithm == "longrope2" else Space
     space = kind(config, found, model.config.head_size, scale, original, done)
     corpus = read_corpus(task, loaded)
-    choose = needles if config.algorithm == "longrope2" else first_tokens
+    needle = config.algorithm == "longrope2" if config.fitness == "by_algorithm" else config.fitness == "needle"
+    choose = needles if needle else first_tokens
     extra = (loaded.tokenizer,) if choose is needles else ()
     documents: Documents = choose(corpus, *extra, task.target_length, task.documents, config.seed)
     score = Scorer(model, documents, rope, factor, mesh=mesh, batch=task.batch, lanes=task.lanes, segment=task.segment)

@@ -318,6 +318,7 @@ def test_files_of_factors(tmp_path):
     ("changes", "message"),
     [
         ({"algorithm": "best"}, "search.algorithm is best; it must be one of longrope, longrope2"),
+        ({"fitness": "key"}, "search.fitness is key; it must be one of by_algorithm, text, needle"),
         ({"population": 0}, "search.population is 0; it must be 1 or more"),
         ({"iterations": -1}, "search.iterations is -1"),
         ({"probability": 0.0}, "search.probability is 0.0"),

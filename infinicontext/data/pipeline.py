@@ -74,9 +74,7 @@ class CorpusData:
         if self.short_length < 1:
             raise UserError(f"data.short_length is {self.short_length}; it must be 1 or more")
         if self.short_rows and (self.order == "sequential" or self.one_document):
-            raise UserError(
-                f'data.short_rows is {self.short_rows}; it goes with data.order "shuffled" and without data.one_document: documents must end'
-            )
+            raise UserError(f'data.short_rows is {self.short_rows}; it goes with data.order "shuffled" and without data.one_document')
         if self.reference and self.copy_tokens:
             raise UserError(
                 f"data.copy_tokens is {self.copy_tokens}; with data.reference, which knows no tokens but the corpus's, it must be 0"

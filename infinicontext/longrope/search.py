@@ -37,6 +37,8 @@ class SearchConfig:
     """
 
     algorithm: Literal["longrope", "longrope2"] = "longrope"  # longrope2: pairs from a critical one on, NTK before it, no start tokens
+    # Loss of all tokens, or of a number that is asked for; by_algorithm: longrope's is text, longrope2's needle.
+    fitness: Literal["by_algorithm", "text", "needle"] = "by_algorithm"
     population: int = 64  # at the beginning
     mutations: int = 16  # per iteration
     crossovers: int = 16
@@ -55,7 +57,7 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("algorithm", "crossover", "magnitude"):
+        for name in ("algorithm", "fitness", "crossover", "magnitude"):
             allowed = get_args(get_type_hints(SearchConfig)[name])
             if getattr(self, name) not in allowed:
                 raise UserError(f"search.{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
