@@ -1,38 +1,42 @@
 r"""Longer texts by other rotary frequencies: PI, NTK, dynamic NTK, YaRN, Llama 3's, LongRoPE and LongRoPE2 on one small Transformer.
 
-It is trained on 256 bytes at a time and read at 2, 4, 8 and 16 times that, as it is and after the same short tuning.
+It is trained on 256 bytes at a time and read at 2, 4, 8 and 16 times that, as it is and after the same short tuning; the first of five such
+models at every length, the others at 8 times and as they are. Searches read documents that the model was trained on, evaluations others.
 
     F=runs/context
-    infinicontext train experiments/context_extension.py:base --workdir $F/base
-    for s in 512 1024 2048 4096; do
-        infinicontext search-rope $F/base --target-length $s --output $F/longrope_$s.json
-        infinicontext search-rope $F/base --target-length $s --output $F/longrope2_$s.json --algorithm longrope2
-    done
-    infinicontext sweep experiments/context_extension.py:untuned --workdir $F/untuned
-    infinicontext sweep experiments/context_extension.py:tuned --workdir $F/tuned
+    E=experiments/context_extension.py
+    infinicontext sweep $E:bases --workdir $F
+    search() { infinicontext search-rope $F/$1 --target-length $2 --output $F/$1_$3_$2.json --algorithm $3 $4 $5 $6 $7; }
+    for s in 512 1024 2048 4096; do search base0 $s longrope; search base0 $s longrope2; done
+    for n in 1 2 3 4; do search base$n 2048 longrope; search base$n 2048 longrope2; done
+    infinicontext sweep $E:untuned --workdir $F/untuned
+    infinicontext sweep $E:tuned --workdir $F/tuned
+    infinicontext sweep $E:mixed --workdir $F/tuned
+    python $E table
     infinicontext compare $F/untuned/* $F/tuned/* --output report/
+
+`mixed` is LongRoPE2's training: three of ten rows are cut into documents of 256 bytes, which turn by the original frequencies.
 
 The progressive recipe: tuned at 8 times the length, searched again for 64 times without tuning, and once more for short texts.
 
-    infinicontext sweep experiments/context_extension.py:progressive --workdir $F
-    infinicontext search-rope $F/progressive --target-length 16k --documents 2 --output $F/far.json
+    infinicontext sweep $E:progressive --workdir $F
+    infinicontext search-rope $F/progressive --target-length 16k --documents 2 --output $F/far.json \
+        --population 32 --mutations 8 --crossovers 8 --parents 16 --iterations 12
     infinicontext convert $F/progressive $F/far --to run --factors $F/far.json
     infinicontext search-rope $F/far --target-length 256 --short --output $F/both.json
     infinicontext convert $F/far $F/both --to run --factors $F/both.json
     infinicontext eval $F/both --lengths 256 2k 16k
 
-LongRoPE2's mixed windows need nothing but its factors (short_attention_factor 1, no short factors): rows of short documents turn as ever.
+The same for passkeys of seven digits, which another model learns at 256 words, searched on filler that this file writes. The loss of all
+words, of which a key's are few, says little of keys, so both searches go by the loss of a key.
 
-The same for passkeys of seven digits, which a word-level model learns at 256 words. LongRoPE's own search goes by the loss of all words,
-of which a key's are few; LongRoPE2's goes by those of a key, so it is the one that is run, on filler that this file writes.
-
-    python experiments/context_extension.py
-    infinicontext train experiments/context_extension.py:keys --workdir $F/keys
+    python $E filler
+    infinicontext train $E:keys --workdir $F/keys
     for s in 512 1024 2048 4096; do
-        infinicontext search-rope $F/keys --data $F/filler.jsonl --target-length $s --output $F/keys_longrope2_$s.json --algorithm longrope2
+        for a in longrope longrope2; do search keys $s $a --fitness needle --data $F/filler.jsonl; done
     done
-    infinicontext sweep experiments/context_extension.py:keys_untuned --workdir $F/keys_untuned
-    infinicontext sweep experiments/context_extension.py:keys_tuned --workdir $F/keys_tuned
+    infinicontext sweep $E:keys_untuned --workdir $F/keys_untuned
+    infinicontext sweep $E:keys_tuned --workdir $F/keys_tuned
 
 Not run yet.
 """
@@ -40,6 +44,8 @@ Not run yet.
 import dataclasses
 import json
 import pathlib
+import statistics
+import sys
 
 from infinicontext.data.passkey import FILLER
 from infinicontext.data.pipeline import CorpusData, PasskeyData
@@ -57,13 +63,15 @@ FOLDER = pathlib.Path("runs/context")
 ORIGINAL = 256
 DIGITS = 7  # as many as the needles of LongRoPE2's search have
 SCALES = (2, 4, 8, 16)
+SEEDS = 5
 SCHEMES = ("none", "pi", "ntk", "dynamic", "yarn", "llama3", "longrope", "longrope2")
 
 
-def base() -> Experiment:
+def base(seed: int = 0) -> Experiment:
     """Full attention on short texts."""
     return Experiment(
-        name="base",
+        name=f"base{seed}",
+        seed=seed,
         model=TransformerConfig(vocab_size=257, dim=128, layers=3, heads=4, remat=False),
         data=CorpusData(source="python", tokenizer="bytes", length=ORIGINAL),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
@@ -75,6 +83,11 @@ def base() -> Experiment:
         validation_every=100,
         checkpoint_every=200,
     )
+
+
+def bases() -> list[Experiment]:
+    """Five of them."""
+    return [*map(base, range(SEEDS))]
 
 
 def keys() -> Experiment:
@@ -106,12 +119,16 @@ def _rope(trained: Experiment, scheme: str, scale: int) -> RopeConfig:
 
 
 def _factors(trained: Experiment, scheme: str, scale: int) -> pathlib.Path:
-    return FOLDER / f"{'keys_' if trained.name == 'keys' else ''}{scheme}_{scale * ORIGINAL}.json"
+    return FOLDER / f"{trained.name}_{scheme}_{scale * ORIGINAL}.json"
 
 
 def _schemes(trained: Experiment, scale: int) -> list[str]:
     """Those of LongRoPE only where their search has been done."""
-    return [scheme for scheme in SCHEMES if not scheme.startswith("longrope") or _factors(trained, scheme, scale).exists()]
+    files = {scheme: _factors(trained, scheme, scale) for scheme in SCHEMES if scheme.startswith("longrope")}
+    for file in files.values():
+        if not file.exists():
+            print(f"left out: there is no {file}", file=sys.stderr)
+    return [scheme for scheme in SCHEMES if scheme not in files or files[scheme].exists()]
 
 
 def _extended(trained: Experiment, scheme: str, scale: int, tuned: bool) -> Experiment:
@@ -120,12 +137,11 @@ def _extended(trained: Experiment, scheme: str, scale: int, tuned: bool) -> Expe
     long = {"lengths": (length,), "stage_steps": ()} if isinstance(trained.data, PasskeyData) else {"length": length}
     return dataclasses.replace(
         trained,
-        name=f"{scheme}-{scale}x" + ("-tuned" if tuned else ""),
+        name=f"{trained.name}-{scheme}-{scale}x" + ("-tuned" if tuned else ""),
         model=dataclasses.replace(trained.model, rope=_rope(trained, scheme, scale)),
         data=dataclasses.replace(trained.data, **long),
         # A step at a rate of 0 makes a run of the model as it is.
         optimizer=OptimizerConfig(learning_rate=3e-4 if tuned else 0.0, warmup_steps=0),
-        evaluation=dataclasses.replace(trained.evaluation, lengths=tuple(sorted({ORIGINAL, length}))),
         start_from=str(FOLDER / trained.name),
         steps=60 if tuned else 1,
         batch_size=max(4096 // length, 1),
@@ -146,13 +162,23 @@ def progressive() -> list[Experiment]:
 
 
 def untuned() -> list[Experiment]:
-    """Each scheme at each scale."""
-    return _each(base(), tuned=False)
+    """Each scheme at each scale; at 8 times with five seeds."""
+    others = [_extended(base(seed), scheme, 8, False) for seed in range(1, SEEDS) for scheme in _schemes(base(seed), 8)]
+    return _each(base(), tuned=False) + others
 
 
 def tuned() -> list[Experiment]:
     """The same after the tuning."""
     return _each(base(), tuned=True)
+
+
+def mixed() -> list[Experiment]:
+    """LongRoPE2's factors for 8 times the length, tuned with short documents among the long ones."""
+    if not _factors(base(), "longrope2", 8).exists():
+        return []
+    tuned = _extended(base(), "longrope2", 8, tuned=True)
+    data = dataclasses.replace(tuned.data, short_rows=0.3, short_length=ORIGINAL)
+    return [dataclasses.replace(tuned, name=f"{tuned.name}-mixed", data=data)]
 
 
 def keys_untuned() -> list[Experiment]:
@@ -165,9 +191,27 @@ def keys_tuned() -> list[Experiment]:
     return _each(keys(), tuned=True)
 
 
-if __name__ == "__main__":
+def _write_filler() -> None:
+    """Texts that begin at different sentences, of more words than any target."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    # Texts that begin at different sentences, of more words than any target.
     sentences = [f" {sentence.strip()}." for sentence in FILLER.split(".") if sentence]
     texts = ["".join((sentences[begin:] + sentences[:begin]) * 300) for begin in range(len(sentences))]
     (FOLDER / "filler.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
+def _print_table() -> None:
+    """Perplexity at the length a run was stretched to and at 256; of several seeds, mean and standard deviation."""
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for path in sorted(FOLDER.glob("*tuned/base*/eval.json")):
+        _, scheme, scale, *rest = path.parent.name.split("-")
+        by_length = {row["length"]: row["perplexity"] for row in json.loads(path.read_text())["tasks"]["perplexity"]["by_length"]}
+        far = int(scale.removesuffix("x"))
+        found.setdefault((far, " ".join([scheme, *rest])), []).append((by_length[far * ORIGINAL], by_length[ORIGINAL]))
+    spread = lambda values: f"{statistics.mean(values):8.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    for (far, scheme), pairs in sorted(found.items()):
+        at_length, short = zip(*pairs)
+        print(f"{far:3}x {scheme:24} {spread(at_length):22} at 256: {spread(short):22} ({len(pairs)})")
+
+
+if __name__ == "__main__":
+    {"filler": _write_filler, "table": _print_table}[sys.argv[1]]()
