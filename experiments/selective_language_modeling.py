@@ -1,14 +1,20 @@
 r"""Selective language modelling (RHO-1): does it pay to learn from those tokens alone that a reference model finds easier?
 
-The corpus is the Python installation's source code, spoilt: of its files three quarters are training text, in which a third of all lines
-have their letters in random order, and to which the installation's other texts (.rst, .txt) are added. The last quarter is clean: the
-reference model learns from it. Held out are clean files that neither has seen.
+The corpus is the Python installation's source code. Of every four files one is clean, and the reference model learns from it; another is
+training text, in which a third of all lines have their letters in random order, and beside which stand tables of random numbers, a tenth
+of all its characters. (The others are left out, so that scoring costs no more than training does.) Held out are clean files that neither
+has seen.
 
-    python experiments/selective_language_modeling.py runs/selective
+    python experiments/selective_language_modeling.py
     infinicontext train experiments/selective_language_modeling.py:reference --workdir runs/selective/reference
     infinicontext score-tokens runs/selective/reference runs/selective/noisy.jsonl runs/selective/scores
     infinicontext sweep experiments/selective_language_modeling.py:all --workdir runs/selective/sweep
+    infinicontext sweep experiments/selective_language_modeling.py:budgets --workdir runs/selective/sweep
     infinicontext compare runs/selective/sweep/* --output report/
+
+`all` gives each share as many tokens. `budgets` is shorter runs of ratio 0.6, each with a whole schedule of its own, to say of how many
+tokens it needs for what ratio 1 learns from all; and longer ones of ratio 1, which have the compute that an online reference would take
+beside it (a forward pass for each step's three: 4/3), and that the reference's training (1) and scoring 8 million tokens (5/3) have taken.
 
 What it costs where texts are long: a reference that sees the last 32 words cannot know a passkey that was said before, so that words
 that are learned from there fall out of the selection; and what helps.
@@ -22,7 +28,6 @@ Not run yet.
 import dataclasses
 import json
 import pathlib
-import sys
 
 import numpy as np
 
@@ -39,6 +44,7 @@ from infinicontext.training.optimizer import OptimizerConfig
 
 FOLDER = "runs/selective"
 NOISE = 1 / 3  # of lines
+OFF_DOMAIN = 0.1  # of the training text's characters
 LONGEST = 20_000  # characters of a document: a long one must not decide a corpus alone
 
 
@@ -51,21 +57,30 @@ def _spoilt(text: str, rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
+def _numbers(rng: np.random.Generator) -> str:
+    """A table of random numbers."""
+    return "\n".join(",".join(map(str, row)) for row in rng.integers(0, 10**6, (400, 6)))
+
+
 def _write_corpora(folder: pathlib.Path) -> None:
     """Writes clean.jsonl and noisy.jsonl. A text's hash says whether it is held out, so those that fall on the wrong side are left out."""
     rng, fraction = np.random.default_rng(0), CorpusData.validation_fraction
     clean, noisy = [], []
-    for number, (name, text) in enumerate(documents("python")):
-        text = text[:LONGEST]
-        code = name.endswith(".py")
-        if code and split_of(text, fraction) == "validation":
+    learnt = lambda text: split_of(text, fraction) == "train"
+    code = (text[:LONGEST] for name, text in documents("python") if name.endswith(".py"))
+    for number, text in enumerate(code):
+        if not learnt(text):
             clean.append(text)
             noisy.append(text)
-        elif code and number % 4 == 0:
+        elif number % 4 == 0:
             clean.append(text)
-        else:
-            text = _spoilt(text, rng) if code else text
-            noisy += [text] if split_of(text, fraction) == "train" else []
+        elif number % 4 == 1 and learnt(spoilt := _spoilt(text, rng)):
+            noisy.append(spoilt)
+    wanted = OFF_DOMAIN / (1 - OFF_DOMAIN) * sum(len(text) for text in noisy if learnt(text))
+    while wanted > 0:
+        text = _numbers(rng)
+        noisy += [text] if learnt(text) else []
+        wanted -= len(text) if learnt(text) else 0
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in (("clean", clean), ("noisy", noisy)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
@@ -84,6 +99,7 @@ def reference() -> Experiment:
         validation_every=20,
         validation_batches=16,
         checkpoint_every=100,
+        keep_checkpoints=4,
     )
 
 
@@ -95,10 +111,29 @@ def selective(ratio: float = 0.6) -> Experiment:
 
 
 def all() -> list[Experiment]:
-    """Ratios from 0.4 to 1 with three seeds each."""
-    return [
+    """Ratios from 0.4 to 1 with three seeds each; of the first seeds of two what was selected and what became of tokens."""
+    experiments = [
         dataclasses.replace(selective(ratio), name=f"ratio{ratio:g}-seed{seed}", seed=seed)
         for ratio in (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+        for seed in range(3)
+    ]
+    also = {"ratio0.6-seed0": "selection", "ratio1-seed0": "categories"}
+    with_tasks = lambda evaluation, name: dataclasses.replace(evaluation, tasks=("perplexity", also[name]))
+    return [
+        dataclasses.replace(experiment, evaluation=with_tasks(experiment.evaluation, experiment.name))
+        if experiment.name in also
+        else experiment
+        for experiment in experiments
+    ]
+
+
+def budgets() -> list[Experiment]:
+    """Ratio 0.6 for a quarter, half and three quarters of the steps; ratio 1 for 4/3 of them, and for 11/3, a reference's cost."""
+    steps = selective().steps
+    return [
+        dataclasses.replace(selective(ratio), name=f"ratio{ratio:g}-steps{count}-seed{seed}", seed=seed, steps=count)
+        for ratio, parts in ((0.6, (1 / 4, 1 / 2, 3 / 4)), (1.0, (4 / 3, 11 / 3)))
+        for count in (round(part * steps) for part in parts)
         for seed in range(3)
     ]
 
@@ -140,4 +175,4 @@ def keys() -> list[Experiment]:
 
 
 if __name__ == "__main__":
-    _write_corpora(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else FOLDER))
+    _write_corpora(pathlib.Path(FOLDER))
