@@ -1,5 +1,11 @@
 """What beacons save: reading a prompt and going on token by token, beside full attention.
 
+Measured on 2 CPU cores (jax 0.10.2, float32), --length 2048 --rounds 5, D 256, 2 layers, chunks of 128, medians. A prompt of 8,192
+tokens: full attention 1,070 ms and 32.56 MiB of state, ratio 2 1,710 ms and 17.02, ratio 8 394 ms (0.37) and 4.63 (1/7.0), ratio 32 264
+ms and 1.53; a token behind it 3.52, 5.54, 1.04 and 0.54 ms. At 2,048 tokens ratio 8 takes as long for the prompt as full attention does,
+at 512 longer. With chunks of 256 the open chunk weighs more, and the state at ratio 8 is counted to 1/6.2.
+
+
 Shape letters: B batch, T time.
 """
 
