@@ -5,7 +5,6 @@ tokens: full attention 1,070 ms and 32.56 MiB of state, ratio 2 1,710 ms and 17.
 ms and 1.53; a token behind it 3.52, 5.54, 1.04 and 0.54 ms. At 2,048 tokens ratio 8 takes as long for the prompt as full attention does,
 at 512 longer. With chunks of 256 the open chunk weighs more, and the state at ratio 8 is counted to 1/6.2.
 
-
 Shape letters: B batch, T time.
 """
 

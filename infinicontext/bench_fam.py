@@ -4,7 +4,6 @@ Measured on 2 CPU cores (jax 0.10.2, float32), D 256, 2 layers, blocks of 256 an
 of 7 interleaved rounds: 4 x 2,048 tokens BSWA 902 ms, FAM 959 (1.06), with a limit 960; 4 x 4,096 tokens 2,019, 2,053 (1.02) and 2,140
 (1.06). In training, `training_rereads` comes on top.
 
-
 Shape letters: B batch, T time.
 """
 
