@@ -131,8 +131,8 @@ longer: 98, 97, 92, 69 and 34% at 512, 2048, 4096, 8192 and 16384 tokens. Random
 of a row are apart (the FAM passed on is that of the last sample), nor did reading all blocks again as often, which leaves every share as
 it is.
 
-Ablations: one thing changed in runs of 350 steps on rows of 128 and then 512 tokens (fam_ablations; 1.4 million tokens, 3 minutes each),
-exact keys (right digits) in %, 20 samples at each of five depths, and what the paper found.
+Ablations: one thing changed in runs of 350 steps on rows of 128 and then 512 tokens (fam_ablations, of which the others were not run; 1.4
+million tokens, 3 minutes each), exact keys (right digits) in %, 20 samples at each of five depths, and what the paper found.
 
                                512         2048        8192        the paper, at 1 billion parameters
     base: F = 16               42 (79)     21 (50)     20 (34)
