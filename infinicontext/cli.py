@@ -42,6 +42,8 @@ from infinicontext.inference.generate import Generation, RopePolicy
 from infinicontext.pretrained.megalodon import Rope
 from infinicontext.training import weights
 
+ROPE_HELP = "official MEGALODON checkpoints: the rotary frequencies stored there (default), or those of the formula"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `infinicontext` command."""
@@ -87,6 +89,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help explains")
 
 
+def add_model(command: argparse.ArgumentParser) -> None:
+    """What says which model reads, and how."""
+    command.add_argument("--model", type=pathlib.Path, required=True, help="a run folder or a Hugging Face folder")
+    command.add_argument("--segment", type=int, default=Generation().segment, help="prompt tokens per call")
+    command.add_argument("--rope", choices=get_args(Rope), help=ROPE_HELP)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
+    command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
+
+
+def add_generation(command: argparse.ArgumentParser) -> None:
+    """The fields of Generation."""
+    defaults = Generation()
+    command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
+    command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    command.add_argument("--top-p", type=float, default=defaults.top_p, help="draw from the likeliest tokens that reach this probability")
+    command.add_argument("--seed", type=int, default=defaults.seed)
+    command.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion; not part of it")
+
+
 def make_parser() -> Parser:
     """Commands and their own options; what they do not know are overrides of an experiment's fields."""
     parser = Parser(prog="infinicontext", description=__doc__, allow_abbrev=False)
@@ -97,25 +119,6 @@ def make_parser() -> Parser:
         command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command)
         return command
 
-    def add_model(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--model", type=pathlib.Path, required=True, help="a run folder or a Hugging Face folder")
-        command.add_argument("--segment", type=int, default=Generation().segment, help="prompt tokens per call")
-        command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
-        command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")
-
-    def add_generation(command: argparse.ArgumentParser) -> None:
-        defaults = Generation()
-        command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-        command.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy")
-        command.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-        command.add_argument(
-            "--top-p", type=float, default=defaults.top_p, help="draw from the likeliest tokens that reach this probability"
-        )
-        command.add_argument("--seed", type=int, default=defaults.seed)
-        command.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion; not part of it")
-
-    rope_help = "official MEGALODON checkpoints: the rotary frequencies stored there (default), or those of the formula"
     fields = "Any field of the experiment can follow, as in --optimizer.learning-rate 1e-3; --help after an experiment lists them."
     command = add("train", run_train, f"Train an experiment, or resume it. {fields}", takes_overrides=True)
     command.add_argument("experiment", nargs="?", help="FILE.py:FUNCTION, as in experiments/passkey.py:full")
@@ -199,7 +202,7 @@ def make_parser() -> Parser:
     command.add_argument("--sinks", type=int, help="--to beacon: first tokens of a text that are kept, too; default: 0 (Llama 3 needs 1)")
     command.add_argument("--beacon-token", type=int, help="--to beacon: the token whose embedding beacons begin with; default: end of text")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the numbers written for Hugging Face")
-    command.add_argument("--rope", choices=get_args(Rope), help=rope_help)
+    command.add_argument("--rope", choices=get_args(Rope), help=ROPE_HELP)
     command.add_argument("--factors", type=pathlib.Path, help="to a run: rotary factors that search-rope has written")
     command.add_argument("--shards", type=int, metavar="N", help="--to megalodon: the model-parallel size; default: 1")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")

@@ -177,8 +177,8 @@ def run_read(options: argparse.Namespace) -> None:
             state = memory.remember(model, ids, room=4096 if options.room is None else options.room, segment=options.segment)
         memory.save(options.memory, state, parameters)
     room = model.room(state)
-    behind = "any number" if room is None else f"{int(room[0]):,}"
-    print(f"{options.memory}: {int(state.cursor.count_B[0]):,} tokens read, {state_bytes(state):,} bytes, room for {behind} more")
+    behind = "any number of" if room is None else f"{int(room[0]):,}"
+    print(f"{options.memory}: {int(state.cursor.count_B[0]):,} tokens read, {state_bytes(state):,} bytes, room for {behind} more tokens")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

@@ -34,7 +34,7 @@ class Selective:
     """Which tokens count in the loss, and how it is computed."""
 
     # Of the tokens that may be selected; the paper's are 0.6 for 1B and 0.7 for 7B parameters. 1 is ordinary training: nothing is ranked,
-    # and no reference is read.
+    # and no reference model is run.
     ratio: float = 0.6
     score: Score = "excess"
     also: Score | None = None  # a second score, which like the first must not depend on the model, for the same ratio

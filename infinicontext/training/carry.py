@@ -62,7 +62,7 @@ def state_before(
       carried: from the step before.
       step: int32, steps done; decides what is drawn.
       segment_ids_BT: of the inputs, int32.
-      microbatch: its number; positions are drawn for each row, whether FAM is passed on for all rows of a step.
+      microbatch: its number, so that rows of each draw positions of their own; the coin for FAM is one for the whole step.
     """
     if experiment.carry == "rows":
         return carried
