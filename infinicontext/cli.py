@@ -259,7 +259,7 @@ def make_parser() -> Parser:
     command.add_argument("--splitter", choices=get_args(Splitter), default="punkt", help="of essays into sentences")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")
-    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon", "longrope"))
+    command.add_argument("what", choices=("cema", "timestep_norm", "megalodon", "infini", "fam", "beacon", "longrope", "selective"))
     command.add_argument("--batch", type=int, default=1)
     command.add_argument("--length", type=int, default=4096)
     command.add_argument("--dim", type=int, default=256)

@@ -348,15 +348,16 @@ def all_on_tensor() -> jax.sharding.Mesh:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """infinicontext bench cema|timestep_norm|megalodon|infini|fam|beacon|longrope [--batch B] [--length T] [--dim D] [--rounds N]"""
+    """infinicontext bench WHAT [--batch B] [--length T] [--dim D] [--rounds N]"""
     # Here, because nothing else needs it.
     from infinicontext.bench import BENCHMARKS, Size
     from infinicontext.bench_beacon import bench_beacon
     from infinicontext.bench_fam import bench_fam
     from infinicontext.bench_infini import bench_infini
     from infinicontext.bench_longrope import bench_longrope
+    from infinicontext.bench_selective import bench_selective
 
-    own = {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon, "longrope": bench_longrope}
+    own = {"infini": bench_infini, "fam": bench_fam, "beacon": bench_beacon, "longrope": bench_longrope, "selective": bench_selective}
     (BENCHMARKS | own)[options.what](Size(options.batch, options.length, options.dim, options.rounds))
 
 

@@ -61,6 +61,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     original = task.original_length or rope.original_length or trained_length(task.model)
     if original < 2:
         raise UserError(f"--original-length is {original}; it must be 2 or more")
+    if model.config.span is not None and model.config.span <= original:
+        raise UserError(f"{task.model} sees {model.config.span} tokens back at any length, no more than the original length, {original}")
     if task.target_length < original:
         raise UserError(f"--target-length is {task.target_length}; it must be the original length, {original}, or more")
     if task.short and (rope.scheme != "longrope" or task.target_length != original):

@@ -4,6 +4,9 @@ import dataclasses
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import chex
 import jax
@@ -391,6 +394,8 @@ def test_commands(tmp_path, monkeypatch, command_line):
             == load_factors(tmp_path / f"{name}.json", 8).long_factors
         )
 
+    run("train experiments.py:tiny --workdir window --model.attention window --model.window 16")
+    fails("search-rope window --target-length 64 --output a.json", "window sees 16 tokens back", "the original length, 16")
     fails("search-rope", "the model is missing")
     fails("search-rope run --output a.json", "--target-length is missing")
     fails("search-rope run --target-length 64", "--output is missing")
@@ -407,3 +412,29 @@ def test_commands(tmp_path, monkeypatch, command_line):
     fails("search-rope run --target-length 64 --output a.json --iteration 2", "--iteration")
     fails("search-rope run --target-length 64 --output a.json --lanes 0", "--lanes is 0")
     fails("convert run far --to huggingface --factors factors.json", "--factors")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path, monkeypatch, command_line):
+    """kill -9 of a real process: the search goes on and ends as an unbroken one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    texts = [f"{number} times {number} is {number**2}. " * 16 for number in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run, _ = command_line
+    run("train experiments.py:tiny --workdir run")
+    search = "search-rope run --target-length 64 --documents 2 --population 6 --parents 4 --iterations 60 --batch 8 --output"
+    run(f"{search} whole.json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infinicontext.cli", *f"{search} killed.json".split()], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("iteration 5/"):
+            process.kill()
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 5 <= json.loads((tmp_path / "killed.search.json").read_text())["iteration"] < 60
+    run(f"{search} killed.json")
+    for kind in (".json", ".search.json"):
+        assert (tmp_path / f"killed{kind}").read_text() == (tmp_path / f"whole{kind}").read_text()
