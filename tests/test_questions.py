@@ -350,6 +350,10 @@ def test_babi_files(tmp_path):
     prompt = ByteTokenizer().decode(questions[1].prompt_P)
     context = prompt.split("<context>")[1]
     assert context.index("Mary moved to the bathroom.") < context.index("John went to the hallway.")
+    alone = dataclasses.replace(kind, alone=True)
+    assert alone.sizes([900]) == [0, 900]
+    told = ByteTokenizer().decode(alone.questions(ByteTokenizer(), 0, 10, 0)[1].prompt_P)
+    assert "<context>\nMary moved to the bathroom. John went to the hallway.\n</context>" in told
     with pytest.raises(UserError, match=r"no qa2_\*_test.txt"):
         BabiLong(("qa2",), str(tmp_path), str(tmp_path / "book.txt"), "regex").questions(ByteTokenizer(), 900, 1, 0)
 
@@ -490,7 +494,7 @@ def tiny():
     model = TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2, attention="window", window=16, remat=False)
     tasks = ("magic_number", "key_value", "documents", "babilong", "longbench")
     kinds = {"magic_number": MagicNumber((0.0, 1.0), "texts.jsonl"), "key_value": KeyValue((2, 3)), "documents": Documents((2,))}
-    kinds |= {"babilong": BabiLong(("qa1",), books="texts.jsonl", splitter="regex")}
+    kinds |= {"babilong": BabiLong(("qa1",), books="texts.jsonl", splitter="regex", alone=True)}
     asking = Asking(2, 2, "teacher_forced", predictions=True)
     evaluation = Evaluation(tasks=tasks, lengths=(512, 1024), segment=256, asking=asking, **kinds)
     data = CorpusData("texts.jsonl", length=16, validation_fraction=0.5)
@@ -517,6 +521,7 @@ def test_command(tmp_path, monkeypatch):
     assert [entry["size"] for entry in found["key_value"]["by_size"]] == [2, 3]
     assert "no dataset2prompt.json" in found["longbench"]["skipped"][0]["reason"]
     assert all("tokens" in row for row in found["babilong"]["predictions"])
+    assert [entry["size"] for entry in found["babilong"]["by_size"]] == [0, 512, 1024]
     monkeypatch.setattr("infinicontext.evaluation.questions._forced", None)  # would fail if it were called
     run("eval", "run")
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["tasks"]["documents"]["cells"] == found["documents"]["cells"]

@@ -159,6 +159,7 @@ class BabiLong:
     books: str = ""  # a data.source; empty: Paul Graham's essays in $INFINICONTEXT_DATA/ruler; BABILong takes PG19
     splitter: Splitter = "punkt"  # of books into sentences
     labels: Labels = "official"
+    alone: bool = False  # first, as size 0, the stories without a book: BABILong's 0k, what the answers at other sizes fall from
 
     size: ClassVar[str] = "tokens"
     place: ClassVar[str] = "task"
@@ -179,13 +180,14 @@ class BabiLong:
 
     def sizes(self, lengths: list[int]) -> list[int]:
         """Those of the prompts, about."""
-        return lengths
+        return [0, *lengths] if self.alone else lengths
 
     def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
-        """Stories with more facts than an eighth of the size are left out."""
-        if size <= PROMPT_ROOM:
+        """Stories with more facts than an eighth of the size are left out; of size 0 none is, and nothing is put between facts."""
+        if 0 < size <= PROMPT_ROOM:
             raise UserError(f"{size} tokens do not hold a prompt; BABILong leaves {PROMPT_ROOM} to instruction and question")
-        split, books, found = sentence_splitter(self.splitter, trained=False), haystack_texts(self.books), []
+        found = []
+        split, books = (sentence_splitter(self.splitter, trained=False), haystack_texts(self.books)) if size else (None, [])
         for task in self.tasks:
             told = self._told(task)
             index, place = 0, 0
@@ -196,9 +198,9 @@ class BabiLong:
                 place += 1
                 facts = [tokenizer.encode(f" {fact}") for fact in story.facts]
                 budget = size - PROMPT_ROOM - sum(map(len, facts))
-                if len(facts) > size / 8 or budget < 0:
+                if size and (len(facts) > size / 8 or budget < 0):
                     continue
-                sentences = background(rng, books, budget, tokenizer.encode, split)
+                sentences = background(rng, books, budget, tokenizer.encode, split) if size else []
                 context = tokenizer.decode(scattered(rng, facts, sentences))
                 ids_P = tokenizer.encode(prompt(task, context, story.question))
                 ids_P = with_start(tokenizer, ids_P)
