@@ -173,7 +173,15 @@ def test_answers_and_missing_tokens_can_be_kept():
     logits, batch = random_case()
     batch["answer_mask"] = np.float32(np.arange(12) == 3) * batch["loss_mask"]
     batch["reference_loss"] = np.where(np.arange(12) == 7, np.nan, batch["reference_loss"]).astype(np.float32)
-    chosen = lambda **options: np.any(np.asarray(run(Selective(ratio=0.2, **options), logits, batch)[1]) != 0, axis=2)
+    said = {}
+
+    def chosen(**options):
+        _, gradient, sums, _ = run(Selective(ratio=0.2, **options), logits, batch)
+        mask = np.any(np.asarray(gradient) != 0, axis=2)
+        said[tuple(options)] = summary(sums)["selected_of_answers"]
+        np.testing.assert_allclose(said[tuple(options)], mask[batch["answer_mask"] > 0].mean(), rtol=1e-6)
+        return mask
+
     plain, answers, missing = chosen(), chosen(always_select_answers=True), chosen(missing="select")
     assert not plain[:, 7].any()
     np.testing.assert_array_equal(answers[:, 3], batch["answer_mask"][:, 3] > 0)
@@ -182,6 +190,7 @@ def test_answers_and_missing_tokens_can_be_kept():
         answers.sum() == int(0.2 * (batch["loss_mask"].sum() - batch["loss_mask"][:, 7].sum() - answers[:, 3].sum())) + answers[:, 3].sum()
     )
     assert not chosen(loss="answers")[:, np.arange(12) != 3].any()
+    assert said["always_select_answers",] == 1 > said[()]
 
 
 def test_each_position_bucket_has_its_share():

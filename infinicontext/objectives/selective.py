@@ -234,6 +234,8 @@ def _sums(batch: dict[str, jax.Array], losses_BT: jax.Array, chosen_BT: jax.Arra
         sums["below_reference"] = total(chosen_BT & (losses_BT < reference_BT))
         sums["chosen_reference"] = total(chosen_BT & jnp.isfinite(reference_BT), reference_BT)
         sums["chosen_known"] = total(chosen_BT & jnp.isfinite(reference_BT))
+    answers_BT = all_BT & (batch["answer_mask"] > 0)
+    sums |= {"chosen_answers": total(chosen_BT & answers_BT), "answers": total(answers_BT)}
     T = all_BT.shape[1]
     bin_T = jnp.arange(T, dtype=jnp.int32) * BINS // T
     by_bin = lambda where_BT: jnp.zeros(BINS).at[bin_T].add(jnp.sum(where_BT, axis=0, dtype=jnp.float32))
@@ -241,7 +243,8 @@ def _sums(batch: dict[str, jax.Array], losses_BT: jax.Array, chosen_BT: jax.Arra
 
 
 def summary(sums: dict[str, jax.Array]) -> dict[str, float | list[float]]:
-    """What is recorded of a step: share and mean losses of the selected tokens, and their share by position in the row, in 16 parts."""
+    """What is recorded of a step: share and mean losses of the selected tokens, and their share of answers, where the data mark any, and by
+    position in the row, in 16 parts."""
     mean = lambda a, b: float(a) / max(float(b), 1.0)
     found = {
         "candidates_loss": mean(sums["chosen_loss"] + sums["others_loss"], sums["chosen"] + sums["others"]),
@@ -258,5 +261,7 @@ def summary(sums: dict[str, jax.Array]) -> dict[str, float | list[float]]:
     if "below_reference" in sums:
         found["selected_below_reference"] = mean(sums["below_reference"], sums["chosen"])
         found["selected_reference_loss"] = mean(sums["chosen_reference"], sums["chosen_known"])
+    if sums["answers"]:
+        found["selected_of_answers"] = mean(sums["chosen_answers"], sums["answers"])
     pairs = zip(sums["chosen_by_position"].tolist(), sums["all_by_position"].tolist())
     return found | {"selected_by_position": [round(mean(*pair), 4) for pair in pairs]}
