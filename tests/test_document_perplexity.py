@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from infinicontext import cli, models
 from infinicontext.data.corpora import load_corpus
 from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation import document_perplexity
 from infinicontext.evaluation.document_perplexity import (
     DocumentPerplexityEvaluation,
     evaluate_document_perplexity,
@@ -49,7 +51,10 @@ def test_four_names():
 
 
 @pytest.mark.parametrize("start_id", [99, None])
-@pytest.mark.parametrize("windows", [[(0, 30, 30)], sliding_windows(30, 8, 3), sliding_windows(30, 8, 8), sliding_windows(30, 29, 1)])
+@pytest.mark.parametrize(
+    "windows",
+    [[(0, 30, 30)], sliding_windows(30, 8, 3), sliding_windows(30, 8, 8), sliding_windows(30, 29, 1), sliding_windows(30, 29, 29)],
+)
 def test_every_token_once_and_with_its_window(start_id, windows):
     """Losses that name the token and the number of tokens read before it, the start token among them."""
     texts = np.arange(60).reshape(2, 30) + 100
@@ -58,17 +63,16 @@ def test_every_token_once_and_with_its_window(start_id, windows):
         read = np.cumsum(np.ones_like(tokens_WS), axis=1)
         return (1000 * tokens_WS + read - 1)[:, 1:].astype(float)
 
-    losses, means = text_losses(losses_of, texts, windows, start_id)
+    losses, scored_there, means = text_losses(losses_of, texts, windows, start_id)
     start = start_id is not None
-    assert len(means) == 2 * len(windows)
-    for text, losses_n in zip(texts, losses):
+    assert len(means) == 2 * sum(end - begin + start > 1 for begin, end, _ in windows)
+    assert np.isfinite(means).all()
+    for text, losses_n, scored_n in zip(texts, losses, scored_there):
         for begin, end, scored in windows:
             for place in range(end - scored, end):
                 read = place - begin + start
-                if read:
-                    assert losses_n[place] == 1000 * text[place] + read
-                else:
-                    assert math.isnan(losses_n[place])
+                assert scored_n[place] == (read > 0)
+                assert losses_n[place] == (1000 * text[place] + read if read else 0)
 
 
 @pytest.fixture
@@ -104,6 +108,20 @@ def test_protocols_of_a_model(corpus):
     first = run(protocol="sliding", window=65, stride=32, windows=1)
     assert [entry["tokens"] for entry in first["by_length"]] == [3 * 64] * 2
     assert [(entry["from"], entry["to"]) for entry in stream["by_position"]] == [(0, 600)]
+
+
+def test_a_model_that_breaks_at_length(corpus, monkeypatch):
+    """Its losses are no numbers from token 300 on: that is said, and not averaged away."""
+
+    def losses(model, tokens_BS, *, segment):
+        read_BL = jnp.cumsum(jnp.ones_like(tokens_BS[:, 1:]), axis=1)
+        return jnp.where(read_BL > 300, jnp.nan, 1.0)
+
+    monkeypatch.setattr(document_perplexity, "stream_losses", losses)
+    config = DocumentPerplexityEvaluation(documents=3)
+    found = evaluate_document_perplexity(None, corpus, ByteTokenizer(), config, [128, 600], limit=10**6, segment=64)
+    assert [entry["length"] for entry in found["by_length"]] == [128]
+    assert found["skipped"] == [{"length": 600, "reason": "the model's losses are not finite, first at token 300"}]
 
 
 def test_command(tmp_path, monkeypatch, corpus):

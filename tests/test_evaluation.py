@@ -19,6 +19,7 @@ from infinicontext import models
 from infinicontext.data.corpora import Corpus, load_corpus
 from infinicontext.data.passkey import FILLER, INSTRUCTION, KEY_LINE, QUESTION
 from infinicontext.data.tokenizers import ByteTokenizer, load_tokenizer
+from infinicontext.evaluation import passkey as passkey_module
 from infinicontext.evaluation.passkey import PasskeyEvaluation, answer_greedily, evaluate_passkey
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, bits_per_byte, evaluate_perplexity, ngram_losses, stream_losses
 from infinicontext.models import MegalodonConfig
@@ -303,6 +304,27 @@ def test_the_batch_size_changes_nothing():
     assert len(set(cells(results[0], "digits").values())) > 1, "else this would test nothing"
     for result in results:
         assert result["cells"] == results[0]["cells"]
+
+
+def test_an_evaluation_that_was_killed_asks_for_what_is_missing(tmp_path, monkeypatch):
+    """And of another model for everything."""
+    config = PasskeyEvaluation(depths=DEPTHS, samples=3, batch_size=4, digits=DIGITS, predictions=True)
+    tokenizer, model, file = load_tokenizer("passkey"), Constant("passkey", 1, DIGITS), tmp_path / "answers.jsonl"
+    evaluated = lambda **how: evaluate_passkey(model, tokenizer, config, [130], segment=64, seed=3, file=file, **how)
+    whole = evaluated(about={"parameters": "a"})
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 + 12 == 1 + len(whole["predictions"])
+    assert whole["predictions"][0] | {"answer": "77777"} == whole["predictions"][0]
+    file.write_text("\n".join([*lines[:9], lines[9][:30]]))
+    asked = []
+    monkeypatch.setattr(passkey_module, "answer_greedily", lambda *given, **how: asked.append(1) or answer_greedily(*given, **how))
+    again = evaluated(about={"parameters": "a"})
+    assert (again["cells"], again["predictions"]) == (whole["cells"], whole["predictions"])
+    assert len(file.read_text().splitlines()) == 1 + 12 + 1
+    assert len(asked) == 1
+    assert "seconds" not in evaluated(about={"parameters": "a"})["by_length"][0]
+    evaluated(about={"parameters": "b"})
+    assert len(file.read_text().splitlines()) == 2 * (1 + 12) + 1
 
 
 def test_the_segment_changes_nothing():

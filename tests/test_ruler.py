@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from infinicontext import cli
+from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation import questions
 from infinicontext.evaluation.ruler import corpora as corpora_file
@@ -179,7 +180,8 @@ def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
         samples = generate(task, request, load_corpora(str(folder), (task,), "regex").corpora, config.samples)
         for sample, other in zip(samples, samples[1:] + samples[:1]):
             prompts[sample.input + sample.answer_prefix] = (other if shuffle else sample).outputs
-    answers = lambda model, rows, options: [Completion(tokenizer.encode(" ".join(prompts[tokenizer.decode(row)])), "stop") for row in rows]
+    said = lambda row: tokenizer.encode(" ".join(prompts[tokenizer.decode(row)]))
+    answers = lambda model, rows, options: [Completion(said(row)[: options.max_new_tokens], "stop") for row in rows]
     monkeypatch.setattr("infinicontext.evaluation.questions.generate", answers)
     found = evaluate_ruler(None, tokenizer, config, [2048], segment=512)
     assert not found["skipped"]
@@ -193,6 +195,43 @@ def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
         assert entry["score"] == 100
         assert found["summary"]["effective_label"] == ">2048"
     assert "Not comparable" in found["protocol"]
+
+
+def test_what_bytes_can_reach_is_said(monkeypatch):
+    """The names of vt take 33 bytes, and RULER cuts at 30."""
+    config, said = RulerEvaluation(tasks=("vt", "niah_single_1"), samples=2, example_budget=2000), []
+    empty = lambda model, rows, options: [Completion(np.zeros(0, np.int32), "stop")] * len(rows)
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", empty)
+    found = evaluate_ruler(None, ByteTokenizer(), config, [4096], segment=512, say=said.append)
+    tasks = found["by_length"][0]["tasks"]
+    assert tasks["vt"]["ceiling"] == 80
+    assert "ceiling" not in tasks["niah_single_1"]
+    assert "of 80.00% that fit" in said[0]
+
+
+def test_a_task_whose_logits_are_no_numbers_is_left_out(monkeypatch):
+    def breaks(model, rows, options):
+        if max(map(len, rows)) > 1500:
+            raise UserError("the model's logits are not finite")
+        return [Completion(np.zeros(0, np.int32), "stop")] * len(rows)
+
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", breaks)
+    found = evaluate_ruler(None, ByteTokenizer(), RulerEvaluation(tasks=("niah_single_1",), samples=2), [1024, 2048], segment=512)
+    assert [list(entry["tasks"]) for entry in found["by_length"]] == [["niah_single_1"], []]
+    assert found["skipped"] == [{"length": 2048, "task": "niah_single_1", "reason": "the model's logits are not finite"}]
+
+
+def test_chats_and_files_of_a_user(folder):
+    request = Request(1024, len, chat="{system} {task_template} {}")
+    (sample,) = generate("niah_single_1", request, load_corpora("", ()).corpora, 1)
+    assert sample.input.startswith("{system} ")
+    assert "{}" in sample.input + sample.answer_prefix
+    (folder / "PaulGrahamEssays.json").write_text('{"text": 5}')
+    with pytest.raises(UserError, match=r"PaulGrahamEssays\.json is not .*no text"):
+        load_corpora(str(folder), ("niah_single_2",), "regex")
+    (folder / "squad.json").write_text("[]")
+    with pytest.raises(UserError, match="qa_1: the file of squad has another form"):
+        generate("qa_1", Request(1024, len), load_corpora(str(folder), ("qa_1",)).corpora, 1)
 
 
 def test_download(tmp_path, monkeypatch):
@@ -268,10 +307,13 @@ def test_command(tmp_path, monkeypatch):
     assert len(lines) == 5
     # As a process leaves it that is killed while it writes the third answer.
     answers.write_text("\n".join([*lines[:3], lines[3][:10]]))
+    (tmp_path / "run" / "eval.json").unlink()
     asked = []
     monkeypatch.setattr(
         questions, "generate", lambda model, rows, options: asked.append(rows) or [Completion(np.zeros(1, np.int32), "stop")] * len(rows)
     )
+    run("eval", "run", "--evaluation.ruler.samples", "2")
+    assert len(asked) == 1
     run("eval", "run", "--evaluation.ruler.samples", "2")
     assert len(asked) == 1
     assert answers.read_text().splitlines()[:3] == lines[:3]

@@ -17,8 +17,9 @@ import numpy as np
 
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Question
 from infinicontext.evaluation.needle import haystack_texts
-from infinicontext.evaluation.questions import Question, with_start
+from infinicontext.evaluation.questions import with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, sentence_splitter
 
 PROMPT_ROOM = 300  # tokens of a size that are left to instruction, examples and question
@@ -121,20 +122,21 @@ def background(
     Raises:
       UserError: the books have no sentences that are long enough.
     """
-    sentences, room = [], budget
-    for _ in range(1000):
-        if not room:
-            return sentences
+    sentences, room, in_vain = [], budget, 0
+    while room:
+        if in_vain == 1000:
+            raise UserError(f"evaluation.babilong.books has too few sentences of {SHORTEST_SENTENCE} tokens or more")
+        in_vain += 1
         book = rng.choice(books)
         start = rng.randrange(len(book))
         for sentence in split(book[start : start + 20 * room + 1000]):
             ids_P = encode(f" {sentence}")
             if len(ids_P) >= SHORTEST_SENTENCE:
                 sentences.append(ids_P[:room])
-                room -= len(sentences[-1])
+                room, in_vain = room - len(sentences[-1]), 0
             if not room:
                 break
-    raise UserError(f"evaluation.babilong.books has too few sentences of {SHORTEST_SENTENCE} tokens or more")
+    return sentences
 
 
 def scattered(rng: random.Random, facts: Sequence[np.ndarray], sentences: Sequence[np.ndarray]) -> np.ndarray:

@@ -72,7 +72,7 @@ def sliding_windows(tokens: int, window: int, stride: int) -> list[tuple[int, in
 
 def text_losses(
     losses_of: Callable[[np.ndarray], jax.Array], texts_Nn: np.ndarray, windows: Sequence[tuple[int, int, int]], start_id: int | None
-) -> tuple[np.ndarray, list[float]]:
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Losses of texts that are read in windows.
 
     Args:
@@ -82,22 +82,25 @@ def text_losses(
       start_id: of the token before each window; None: there is none, and a window's first token is not scored.
 
     Returns:
-      losses_Nn, NaN where a token was not scored, and the mean loss of each window.
+      losses_Nn; scored_Nn, bool, which of them there are; and the mean loss of each window that scores a token.
     """
     head = [] if start_id is None else [start_id]
     longest = max(end - begin for begin, end, _ in windows)
     cut = [(text, *window) for text in range(len(texts_Nn)) for window in windows]
     rows_WS = [np.array([*head, *texts_Nn[text, begin:end], *[0] * (longest - end + begin)], np.int32) for text, begin, end, _ in cut]
-    losses_Nn, means, batch = np.full(texts_Nn.shape, np.nan), [], min(len(rows_WS), ROWS)
+    losses_Nn, scored_Nn, means, batch = np.zeros(texts_Nn.shape), np.zeros(texts_Nn.shape, bool), [], min(len(rows_WS), ROWS)
     for at in range(0, len(rows_WS), batch):
         # A batch that is not full is filled up, so that a length is compiled once.
         losses_WL = np.asarray(losses_of(np.stack((rows_WS[at : at + batch] + rows_WS)[:batch])))
         for losses_L, (text, begin, end, scored) in zip(losses_WL, cut[at : at + batch]):
             first = max(end - scored, begin + 1 - len(head))
+            if first >= end:
+                continue
             # Row r of the losses is of the token after the r-th that was read.
             losses_Nn[text, first:end] = losses_L[first - begin - 1 + len(head) : end - begin - 1 + len(head)]
+            scored_Nn[text, first:end] = True
             means.append(float(np.mean(losses_Nn[text, first:end])))
-    return losses_Nn, means
+    return losses_Nn, scored_Nn, means
 
 
 def perplexities(nll_N: np.ndarray, tokens_N: np.ndarray, words_N: np.ndarray, bytes_N: np.ndarray) -> dict[str, float]:
@@ -160,13 +163,18 @@ def evaluate_document_perplexity(
         stride = min(config.stride, reach)
         windows = sliding_windows(length, reach, stride) if sliding else [(0, length, length)]
         clock = time.perf_counter()
-        losses_Nn, means = text_losses(
+        losses_Nn, scored_Nn, means = text_losses(
             lambda rows_WS: run(model, rows_WS, segment=segment), texts_Nn, windows[: config.windows or None], tokenizer.start_id
         )
         seconds = time.perf_counter() - clock
-        scored = [tokenizer.decode(text_n[np.isfinite(losses_n)]) for text_n, losses_n in zip(texts_Nn, losses_Nn)]
+        if not np.isfinite(losses_Nn).all():
+            _, at = np.argwhere(~np.isfinite(losses_Nn))[0]
+            skipped.append({"length": length, "reason": f"the model's losses are not finite, first at token {at}"})
+            say(f"document perplexity length {length}: left out, {skipped[-1]['reason']}")
+            continue
+        scored = [tokenizer.decode(text_n[scored_n]) for text_n, scored_n in zip(texts_Nn, scored_Nn)]
         words_N, bytes_N = np.array([len(text.split()) for text in scored]), np.array([len(text.encode()) for text in scored])
-        tokens_N, nll_N = np.isfinite(losses_Nn).sum(axis=1), np.nansum(losses_Nn, axis=1)
+        tokens_N, nll_N = scored_Nn.sum(axis=1), losses_Nn.sum(axis=1)
         mean = float(nll_N.sum() / tokens_N.sum())
         entry = {"length": length, "documents": len(chosen), "tokens": int(tokens_N.sum()), "nll": mean, "interval": None}
         if len(chosen) > 1:
@@ -177,9 +185,9 @@ def evaluate_document_perplexity(
             entry["window_mean_perplexity"] = math.exp(min(float(np.mean(means)), 700.0))
         by_length.append(entry | {"tokens_per_second": int(tokens_N.sum()) / seconds})
         by_position = [
-            {"from": at, "to": min(at + BUCKET, length), "nll": float(np.nanmean(losses_Nn[:, at : at + BUCKET]))}
+            {"from": at, "to": min(at + BUCKET, length), "nll": float(losses_Nn[:, part][scored_Nn[:, part]].mean())}
             for at in range(0, length, BUCKET)
-            if np.isfinite(losses_Nn[:, at : at + BUCKET]).any()
+            if scored_Nn[:, (part := slice(at, at + BUCKET))].any()
         ]
         say(f"document perplexity length {length}: {entry['token_perplexity']:.3f}, {entry['bits_per_byte']:.3f} bits per byte")
     window = f"windows of {config.window or 'the length'}, stride {config.stride}" + (

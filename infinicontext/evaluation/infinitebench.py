@@ -12,9 +12,10 @@ from typing import ClassVar, NamedTuple
 from infinicontext.data.corpora import json_lines
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Question
 from infinicontext.evaluation.longbench import check_data_sets, middle_cut
 from infinicontext.evaluation.needle import first_number
-from infinicontext.evaluation.questions import Question, with_start
+from infinicontext.evaluation.questions import with_start
 
 HIDDEN = "There is an important info hidden inside a lot of irrelevant text. {task}. I will quiz you about the important information there."
 

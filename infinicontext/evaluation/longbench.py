@@ -18,10 +18,11 @@ import numpy as np
 from infinicontext.data.corpora import json_lines
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Question
 from infinicontext.evaluation.lost_in_the_middle import normalised
 from infinicontext.evaluation.needle import rouge_l
 from infinicontext.evaluation.passkey_texts import similarity
-from infinicontext.evaluation.questions import Question, with_start
+from infinicontext.evaluation.questions import with_start
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
-from infinicontext.evaluation.questions import Question, with_start
+from infinicontext.evaluation.answers import Question
+from infinicontext.evaluation.questions import with_start
 
 KEY_VALUE = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 DOCUMENTS = (

@@ -14,7 +14,8 @@ import numpy as np
 from infinicontext.data.corpora import documents
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
-from infinicontext.evaluation.questions import Question, repeated, with_start
+from infinicontext.evaluation.answers import Question
+from infinicontext.evaluation.questions import repeated, with_start
 from infinicontext.evaluation.ruler.corpora import FILES, data_folder
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

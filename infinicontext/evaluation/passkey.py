@@ -6,6 +6,8 @@ Shape letters: B samples of a batch, L tokens of a sample, P tokens of the promp
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 from infinicontext.data.passkey import passkey_sample
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.models.streaming import Model, read
 
@@ -31,6 +34,7 @@ class PasskeyEvaluation:
     samples: int = 20  # per length and depth
     batch_size: int = 10
     digits: int = 5
+    predictions: bool = False  # whether the result holds every answer
 
     def __post_init__(self):
         for name in ("samples", "batch_size", "digits"):
@@ -68,7 +72,16 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
 
 
 def evaluate_passkey(
-    model: Model, tokenizer: Tokenizer, config: PasskeyEvaluation, lengths: list[int], *, segment: int, seed: int, say=lambda line: None
+    model: Model,
+    tokenizer: Tokenizer,
+    config: PasskeyEvaluation,
+    lengths: list[int],
+    *,
+    segment: int,
+    seed: int,
+    say=lambda line: None,
+    file: Path | None = None,
+    about: dict | None = None,
 ) -> dict:
     """Accuracy at each length and depth.
 
@@ -80,52 +93,73 @@ def evaluate_passkey(
       segment: tokens per call.
       seed: decides the keys; the same for every model.
       say: told of progress, a line per length.
+      file: keeps answers, so that nothing is done twice after an interruption.
+      about: what is evaluated; answers of something else are not used.
 
     Returns:
       protocol, decode, digits; cells: exact, digits and a 95% interval for each length and depth; by_length: the same over all depths, with
-      the reading speed; skipped: lengths with the reason.
+      the reading speed where something was read; predictions: on request; skipped: lengths with the reason.
     """
-    cells, by_length, skipped = [], [], []
+    kept = Answers(file, (about or {}) | {"seed": seed, "tokenizer": tokenizer.fingerprint()})
+    cells, by_length, predictions, skipped = [], [], [], []
     run = jax.jit(answer_greedily, static_argnums=2, static_argnames="segment")
     for length in lengths:
         right: dict[float, list[float]] = {depth: [] for depth in config.depths}
         tokens, seconds, compiled = 0, 0.0, {}
         try:
             for batch in _batches(tokenizer, config, length, seed):
-                start = batch[0][2]
-                # A batch that is not full is filled up with its first sample, so that a length is compiled once.
-                filled = batch + batch[:1] * (config.batch_size - len(batch))
-                prompt_BP = np.stack([row[:start] for _, row, _ in filled])
-                if start not in compiled:
-                    compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
-                clock = time.perf_counter()
-                answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(batch)]
-                seconds += time.perf_counter() - clock
-                tokens += prompt_BP.size
-                for (depth, row, _), answer in zip(batch, answer_BA):
-                    right[depth].append(float(np.mean(answer == row[start:])))
+                if todo := [sample for sample in batch if kept.of(sample.question) is None]:
+                    start = len(todo[0].question.prompt_P)
+                    # A batch that is not full is filled up with its first sample, so that a length is compiled once.
+                    filled = todo + todo[:1] * (config.batch_size - len(todo))
+                    prompt_BP = np.stack([sample.question.prompt_P for sample in filled])
+                    if start not in compiled:
+                        compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
+                    clock = time.perf_counter()
+                    answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(todo)]
+                    seconds += time.perf_counter() - clock
+                    tokens += prompt_BP.size
+                    for (question, key_A), answer_A in zip(todo, answer_BA):
+                        kept.keep(question, Answer(tokenizer.decode(answer_A), float(np.mean(answer_A == key_A))))
+                for question, _ in batch:
+                    answer = kept.of(question)
+                    right[question.place].append(answer.right)
+                    predictions.append(
+                        {"length": length, "depth": question.place, "index": question.index, "answer": answer.text}
+                        | {"key": question.answers[0], "digits": answer.right}
+                    )
         except UserError as error:
             skipped.append({"length": length, "reason": str(error)})
             continue
         everything = [score for scores in right.values() for score in scores]
         cells += [{"length": length, "depth": depth, **_score(scores)} for depth, scores in right.items()]
-        by_length.append({"length": length, **_score(everything), "seconds": seconds, "tokens_per_second": tokens / seconds})
+        by_length.append({"length": length, **_score(everything)})
+        if seconds:
+            by_length[-1] |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         say(
             f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, "
-            f"{tokens / seconds:,.0f} tokens/s"
+            + (f"{tokens / seconds:,.0f} tokens/s" if seconds else "answered before")
         )
-    return {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
+    found = {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
+    return found | ({"predictions": predictions} if config.predictions else {})
 
 
-def _batches(tokenizer: Tokenizer, config: PasskeyEvaluation, length: int, seed: int) -> Iterator[list[tuple[float, np.ndarray, int]]]:
-    """Samples (depth, tokens, start of the answer) in batches; made one batch at a time, for a million tokens each are many bytes."""
+class _Sample(NamedTuple):
+    question: Question
+    key_A: np.ndarray  # int32
+
+
+def _batches(tokenizer: Tokenizer, config: PasskeyEvaluation, length: int, seed: int) -> Iterator[list[_Sample]]:
+    """Samples in batches; made one batch at a time, for a million tokens each are many bytes."""
     places = [(cell, depth, i) for cell, depth in enumerate(config.depths) for i in range(config.samples)]
     for at in range(0, len(places), config.batch_size):
         # A tokenizer may give keys of one number of digits different numbers of tokens; a batch has one shape.
-        by_start: dict[int, list[tuple[float, np.ndarray, int]]] = {}
+        by_start: dict[int, list[_Sample]] = {}
         for cell, depth, i in places[at : at + config.batch_size]:
             row, start = passkey_sample(tokenizer, length + 1, depth, np.random.default_rng((seed, length, cell, i)), config.digits)
-            by_start.setdefault(start, []).append((depth, row, start))
+            key = tokenizer.decode(row[start:])
+            question = Question(length, depth, i, row[:start], (key,), key, len(row) - start)
+            by_start.setdefault(start, []).append(_Sample(question, row[start:]))
         yield from by_start.values()
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from infinicontext.data.passkey import FILLER, INSTRUCTION
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Question
 from infinicontext.evaluation.needle import check_depths, first_number
-from infinicontext.evaluation.questions import Question, with_start
+from infinicontext.evaluation.questions import with_start
 
 UNIT = FILLER.strip()
 KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."

@@ -12,6 +12,7 @@ import numpy as np
 
 from infinicontext.data.corpora import Corpus
 from infinicontext.errors import UserError
+from infinicontext.evaluation.labels import perplexity as as_perplexity
 from infinicontext.inference.norm_refresh import read_with_norm_refresh
 from infinicontext.models.streaming import Model, read
 from infinicontext.objectives.next_token import NextToken, counted, token_losses, token_weights, weighted_loss
@@ -100,13 +101,17 @@ def evaluate_perplexity(
         clock = time.perf_counter()
         losses_BL = np.asarray(compiled(model, part_BS))
         seconds = time.perf_counter() - clock
+        if not np.isfinite(losses_BL).all():
+            at = np.argwhere(~np.isfinite(losses_BL))[0, 1] + 1
+            result["skipped"].append({"length": length, "reason": f"the model's losses are not finite, first after {at} tokens"})
+            continue
         nll_B = losses_BL[:, -config.scored :].mean(axis=1)
         nll, error = float(nll_B.mean()), float(nll_B.std(ddof=1) / math.sqrt(len(nll_B))) if len(nll_B) > 1 else math.nan
         result["by_length"].append(
             {
                 "length": length,
                 "nll": nll,
-                "perplexity": math.exp(nll),
+                "perplexity": as_perplexity(nll),
                 "interval": [nll - 1.96 * error, nll + 1.96 * error] if len(nll_B) > 1 else None,
                 "tokens": int(nll_B.size * config.scored),
                 "documents": len(chosen),
@@ -119,7 +124,7 @@ def evaluate_perplexity(
             for start in (2**i for i in range(length.bit_length()))
             if (bucket := losses_BL[:, start - 1 : 2 * start - 1]).size
         ]
-        say(f"perplexity length {length}: {math.exp(nll):.3f} ({nll:.4f} nats), {losses_BL.size / seconds:,.0f} tokens/s")
+        say(f"perplexity length {length}: {as_perplexity(nll):.3f} ({nll:.4f} nats), {losses_BL.size / seconds:,.0f} tokens/s")
     return result
 
 
@@ -135,7 +140,7 @@ def answer_perplexity(model: Model, batches: list[dict[str, np.ndarray]]) -> dic
     nll = float(np.average([float(loss(model, batch)) for batch in batches], weights=weights))
     tokens = int(sum(weights))
     protocol = f"All {tokens} answer tokens of the validation rows are scored, each after reading its conversation up to there."
-    return {"protocol": protocol, "nll": nll, "perplexity": math.exp(nll), "tokens": tokens}
+    return {"protocol": protocol, "nll": nll, "perplexity": as_perplexity(nll), "tokens": tokens}
 
 
 def ngram_losses(corpus: Corpus, vocab_size: int, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Questions to a model and its answers: asked in batches through the stream, scored by kind, kept in a file so that nothing is asked twice.
+"""Questions to a model and its answers: asked in batches through the stream, scored by kind, and never asked twice.
 
 Shape letters: P tokens of a prompt, A of an answer.
 """
@@ -6,18 +6,17 @@ Shape letters: P tokens of a prompt, A of an answer.
 import dataclasses
 import hashlib
 import itertools
-import json
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.inference.generate import Generation, generate
 from infinicontext.inference.score import score
@@ -25,20 +24,6 @@ from infinicontext.models.streaming import Model
 
 # generate: greedy decoding, scored as text. teacher_forced: the right answer is read, and each of its tokens must be the likeliest.
 Mode = Literal["generate", "teacher_forced"]
-
-
-class Question(NamedTuple):
-    """One prompt and what answers it."""
-
-    size: int  # of the context: tokens, pairs, documents
-    place: float | str  # where the answer stands, or the data set it is from
-    index: int  # among those of the same size and place
-    prompt_P: np.ndarray  # int32, the start token included
-    answers: tuple[str, ...]  # any of which is right
-    continuation: str  # the prompt's right continuation, as text
-    new_tokens: int  # at which an answer is cut off
-    classes: tuple[str, ...] = ()  # what answers are, where the score counts others that are named
-    asked: str = ""  # the question itself, where the score looks at it
 
 
 class Kind(Protocol):
@@ -91,51 +76,6 @@ class Asking:
                 raise UserError(f"evaluation.asking.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.mode not in get_args(Mode):
             raise UserError(f"evaluation.asking.mode is {self.mode}; it must be one of {', '.join(get_args(Mode))}")
-
-
-class Answer(NamedTuple):
-    """What a model made of a question."""
-
-    text: str
-    right: float | None = None  # the share of the right answer's tokens that were the likeliest, teacher-forced
-
-
-class Answers:
-    """Answers so far, in a file from which an evaluation that was killed goes on."""
-
-    def __init__(self, path: Path | None, about: dict):
-        """`about` is what is asked of what; answers to something else are not used."""
-        self.path, self.found = path, {}
-        if path is None:
-            return
-        about = json.loads(json.dumps(about))
-        try:
-            first, *lines = path.read_text("utf-8").splitlines()
-            if json.loads(first) == about:
-                for line in lines:
-                    key, answer = json.loads(line)
-                    self.found[tuple(key)] = Answer(*answer)
-        except (OSError, ValueError, TypeError):
-            # Nothing there, of something else, or cut off in its last line.
-            pass
-        kept = [json.dumps([key, answer]) for key, answer in self.found.items()]
-        path.write_text("".join(line + "\n" for line in [json.dumps(about), *kept]), "utf-8")
-
-    def of(self, question: Question) -> Answer | None:
-        """The answer, if there is one."""
-        return self.found.get(_key(question))
-
-    def keep(self, question: Question, answer: Answer) -> None:
-        """Adds one."""
-        self.found[_key(question)] = answer
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([_key(question), answer]) + "\n")
-
-
-def _key(question: Question) -> tuple:
-    """By its prompt, too: another text in the same file of a corpus makes another question."""
-    return question.size, question.place, question.index, zlib.crc32(question.prompt_P.tobytes())
 
 
 def ask(
@@ -254,9 +194,18 @@ def evaluate_questions(
             continue
         for question in questions:
             digest.update(question.prompt_P.tobytes())
-        speed = ask(model, tokenizer, questions, kept, mode=asking.mode, batch_size=asking.batch_size, segment=segment)
+        try:
+            speed = ask(model, tokenizer, questions, kept, mode=asking.mode, batch_size=asking.batch_size, segment=segment)
+        except UserError as error:
+            # Logits that are not finite: a model may break at one length and not at another.
+            skipped.append({"size": size, "reason": str(error)})
+            say(f"{task} {kind.size} {size}: left out, {error}")
+            continue
         scored = [(question, _scores(kind, question, kept.of(question))) for question in questions]
         places = dict.fromkeys(question.place for question in questions)
+        names = {"task": "tasks", "data set": "data_sets"}.get(kind.place)
+        if missing := [name for name in getattr(kind, names) if name not in places] if names else []:
+            skipped.append({"size": size, "task": ", ".join(missing), "reason": "not there, or the size holds none of its questions"})
         cells += [{"size": size, "place": place} | _summary([s for q, s in scored if q.place == place]) for place in places]
         # What is known without documents, and with nothing but the right one, is there to compare with and no position.
         counts = [(q, scores) for q, scores in scored if kind.place != "position" or not isinstance(q.place, str)]
@@ -317,8 +266,9 @@ def _summary(scores: list[dict[str, float]]) -> dict:
 
 
 def with_start(tokenizer: Tokenizer, ids_P: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Ids after the tokenizer's start token, if it has one."""
-    return np.array([*([] if tokenizer.start_id is None else [tokenizer.start_id]), *ids_P], np.int32)
+    """Ids after the tokenizer's start token, if it has one and they do not begin with it."""
+    begun = tokenizer.start_id is None or (len(ids_P) and ids_P[0] == tokenizer.start_id)
+    return np.array([*([] if begun else [tokenizer.start_id]), *ids_P], np.int32)
 
 
 def repeated(ids: np.ndarray, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What is measured of a trained model: the tasks by name, at lengths from within to far beyond what it was trained on."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,7 +30,7 @@ from infinicontext.evaluation.recall import RecallEvaluation, evaluate_recall
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.inference.norm_refresh import check_refresh
-from infinicontext.models.streaming import Model, abstract_state_bytes
+from infinicontext.models.streaming import Model
 
 # Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
 Questions = Literal[
@@ -96,8 +96,8 @@ def evaluate(
     say: Callable[[str], None],
     output: Path | None = None,
     about: dict | None = None,
-) -> dict:
-    """Runs the tasks.
+) -> Iterator[tuple[str, dict]]:
+    """Runs the tasks, one after another.
 
     Args:
       model: a trained model.
@@ -110,84 +110,80 @@ def evaluate(
       output: the result's file; answers to questions are kept beside it as they come, so that an evaluation that is killed goes on.
       about: what is evaluated; answers of something else are not used.
 
-    Returns:
-      state_bytes by length, and a result for each task (see its own file). Lengths beyond `evaluation.capacity` are listed as skipped where
-      the state grows.
+    Yields:
+      A task's name and its result (see its own file), as soon as it is there. Lengths beyond `evaluation.capacity` are listed as skipped
+      where the state grows.
 
     Raises:
       UserError: a task that does not fit the data.
     """
-    if "perplexity" in evaluation.tasks and isinstance(data, PasskeyData):
-        raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
-    if isinstance(data, ImageData) != (evaluation.tasks == ("accuracy",)):
-        raise UserError(f"evaluation.tasks is {evaluation.tasks}; images are evaluated by accuracy, and nothing else is")
-    if isinstance(data, RecallData) != (evaluation.tasks == ("recall",)):
-        raise UserError(f"evaluation.tasks is {evaluation.tasks}; RecallData is evaluated by recall, and nothing else is")
-    if "summarisation" in evaluation.tasks and not isinstance(data, BookData):
-        raise UserError(f"evaluation.tasks has summarisation, which needs BookData, but data is {type(data).__name__}")
+    _check_tasks(evaluation, data)
     tokenizer = tokenizer_of(data)
     lengths = sorted(set(evaluation.lengths))
-    limit = evaluation.capacity if state_grows(model) else max(lengths)
-    tasks = {}
-    if "perplexity" in evaluation.tasks and isinstance(data, InstructionData | BookData):
-        names = {"corpus": data.source, "tokenizer": data.tokenizer, "validation_nll": validation_nll}
-        tasks["perplexity"] = names | answer_perplexity(model, validation)
-        say(f"perplexity of answers: {tasks['perplexity']['perplexity']:.3f} ({tasks['perplexity']['nll']:.4f} nats)")
-    elif "perplexity" in evaluation.tasks:
-        held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
-        train = load_corpus(data.source, tokenizer, "train", data.validation_fraction)
-        tasks["perplexity"] = {
-            "corpus": data.source,
-            "tokenizer": data.tokenizer,
-            "validation_nll": validation_nll,
-            "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
-            "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
-        } | evaluate_perplexity(
-            model,
-            held_out,
-            evaluation.perplexity,
-            lengths,
-            limit=limit,
-            segment=evaluation.segment,
-            norm_refresh=evaluation.norm_refresh,
-            say=say,
-        )
-    if "document_perplexity" in evaluation.tasks:
-        if not isinstance(data, CorpusData):
-            raise UserError(f"evaluation.tasks has document_perplexity, which needs CorpusData, but data is {type(data).__name__}")
-        held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
-        names = {"corpus": data.source, "tokenizer": data.tokenizer}
-        tasks["document_perplexity"] = names | evaluate_document_perplexity(
-            model, held_out, tokenizer, evaluation.document_perplexity, lengths, limit=limit, segment=evaluation.segment, say=say
-        )
-    if "accuracy" in evaluation.tasks:
-        tasks["accuracy"] = evaluate_accuracy(model, load_images(data, "validation"))
-        say(f"accuracy {tasks['accuracy']['accuracy']:.4f} of {tasks['accuracy']['images']} images")
-    how = {"segment": evaluation.segment, "seed": evaluation.seed, "say": say}
+    grows = state_grows(model)
+    limit = evaluation.capacity if grows else max(lengths)
     readable = [length for length in lengths if length <= limit]
-    if "passkey" in evaluation.tasks:
-        tasks["passkey"] = evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **how)
-    if "recall" in evaluation.tasks:
-        tasks["recall"] = evaluate_recall(model, data, evaluation.recall, readable, **how)
-    if "summarisation" in evaluation.tasks:
-        tasks["summarisation"] = evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **how)
-    if "ruler" in evaluation.tasks:
-        files = {"file": _answers(output, "ruler"), "about": about}
-        tasks["ruler"] = evaluate_ruler(model, tokenizer, evaluation.ruler, readable, segment=evaluation.segment, say=say, **files)
-    for task in get_args(Questions):
-        if task in evaluation.tasks:
-            files = {"limit": limit if state_grows(model) else None, "file": _answers(output, task), "about": about}
-            kind = getattr(evaluation, task)
-            tasks[task] = evaluate_questions(model, tokenizer, task, kind, evaluation.asking, lengths, **files, **how)
     too_long = [
         {"length": length, "reason": f"the state grows with length and evaluation.capacity is {limit}"}
         for length in lengths
         if length > limit
     ]
-    for name in tasks.keys() & {"passkey", "summarisation", "ruler", "recall"}:
-        tasks[name]["skipped"] += too_long
-    return {"state_bytes": {str(length): abstract_state_bytes(model, length) for length in lengths}, "tasks": tasks}
+    of_all = lambda result: result | {"skipped": result["skipped"] + too_long}
+    files = lambda task: {"file": output and output.with_suffix(f".{task}.jsonl"), "about": about}
+    how = {"segment": evaluation.segment, "say": say}
+    seeded = how | {"seed": evaluation.seed}
+    asked = get_args(Questions)
+    for task in evaluation.tasks:
+        match task:
+            case "perplexity" if isinstance(data, InstructionData | BookData):
+                names = {"corpus": data.source, "tokenizer": data.tokenizer, "validation_nll": validation_nll}
+                result = names | answer_perplexity(model, validation)
+                say(f"perplexity of answers: {result['perplexity']:.3f} ({result['nll']:.4f} nats)")
+                yield task, result
+            case "perplexity":
+                held_out, train = (
+                    load_corpus(data.source, tokenizer, split, data.validation_fraction) for split in ("validation", "train")
+                )
+                names = {
+                    "corpus": data.source,
+                    "tokenizer": data.tokenizer,
+                    "validation_nll": validation_nll,
+                    "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
+                    "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
+                }
+                refresh = {"norm_refresh": evaluation.norm_refresh}
+                yield task, names | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, **refresh, **how)
+            case "document_perplexity":
+                held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
+                names, config = {"corpus": data.source, "tokenizer": data.tokenizer}, evaluation.document_perplexity
+                yield task, names | evaluate_document_perplexity(model, held_out, tokenizer, config, lengths, limit=limit, **how)
+            case "accuracy":
+                result = evaluate_accuracy(model, load_images(data, "validation"))
+                say(f"accuracy {result['accuracy']:.4f} of {result['images']} images")
+                yield task, result
+            case "passkey":
+                yield task, of_all(evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **seeded, **files(task)))
+            case "recall":
+                yield task, of_all(evaluate_recall(model, data, evaluation.recall, readable, **seeded))
+            case "summarisation":
+                yield task, of_all(evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **seeded))
+            case "ruler":
+                yield task, of_all(evaluate_ruler(model, tokenizer, evaluation.ruler, readable, **how, **files(task)))
+            case _ if task in asked:
+                kind, room = getattr(evaluation, task), {"limit": limit if grows else None}
+                yield task, evaluate_questions(model, tokenizer, task, kind, evaluation.asking, lengths, **room, **seeded, **files(task))
 
 
-def _answers(output: Path | None, task: str) -> Path | None:
-    return output and output.with_suffix(f".{task}.jsonl")
+def _check_tasks(evaluation: Evaluation, data: Data) -> None:
+    """Raises UserError if a task does not fit the data."""
+    tasks, kind = evaluation.tasks, type(data).__name__
+    if "perplexity" in tasks and isinstance(data, PasskeyData):
+        raise UserError("evaluation.tasks has perplexity, which needs documents, but data is PasskeyData; use passkey")
+    if isinstance(data, ImageData) != (tasks == ("accuracy",)):
+        raise UserError(f"evaluation.tasks is {tasks}; images are evaluated by accuracy, and nothing else is")
+    if isinstance(data, RecallData) != (tasks == ("recall",)):
+        raise UserError(f"evaluation.tasks is {tasks}; RecallData is evaluated by recall, and nothing else is")
+    if "summarisation" in tasks and not isinstance(data, BookData):
+        raise UserError(f"evaluation.tasks has summarisation, which needs BookData, but data is {kind}")
+    if "document_perplexity" in tasks and not isinstance(data, CorpusData):
+        raise UserError(f"evaluation.tasks has document_perplexity, which needs CorpusData, but data is {kind}")

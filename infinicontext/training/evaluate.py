@@ -1,8 +1,10 @@
 """Evaluates a checkpoint of a run folder and writes eval.json."""
 
+import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -12,10 +14,10 @@ from infinicontext.data.pipeline import tokenizer_of, validation_batches
 from infinicontext.data.reference import HEADER
 from infinicontext.errors import UserError
 from infinicontext.evaluation.selection import evaluate_categories, evaluate_selection
-from infinicontext.evaluation.suite import evaluate
+from infinicontext.evaluation.suite import Evaluation, evaluate
 from infinicontext.experiment import Experiment, to_plain
 from infinicontext.files import read_json, write_json
-from infinicontext.models.streaming import Model
+from infinicontext.models.streaming import Model, abstract_state_bytes
 from infinicontext.nn.parameters import parameter_count
 from infinicontext.objectives.next_token import counted, row_losses
 from infinicontext.objectives.selective import Selective, of_validation
@@ -27,7 +29,8 @@ from infinicontext.training.weights import load_model, merged, parameters_finger
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
-    """Evaluates a checkpoint of a run and writes the result, beside results of other tasks on the same checkpoint and model."""
+    """Evaluates a checkpoint of a run and writes each task's result as it comes, beside those of other tasks on the same checkpoint and
+    model. What is there already, with the same settings, is not measured again."""
     check_ids(experiment)
     check_devices(experiment)
     if "selection" in experiment.evaluation.tasks:
@@ -39,45 +42,67 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     enable_compilation_cache(experiment.compilation_cache)
+    say = lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        steps = make_steps(experiment, mesh)
         step, model = restore(folder, experiment.model, mesh, step)
-        divisor = sharding.batch_divisor(mesh)
-        batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0, divisor)
-        losses = [float(steps.validation_loss(model, batch)) for batch in batches]
-        result = evaluate(
-            merged(model),
-            experiment.evaluation,
-            experiment.data,
-            validation=batches,
-            validation_nll=float(np.average(losses, weights=[counted(of_validation(experiment.objective), batch) for batch in batches])),
-            say=lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True),
-            output=output,
-            about={"step": step, "model": to_plain(experiment.model), "parameters": parameters_fingerprint(model)},
-        )
-        if "selection" in experiment.evaluation.tasks:
-            tokenizer = tokenizer_of(experiment.data)
-            found = evaluate_selection(merged(model), reference_of(experiment, mesh), experiment.objective, batches[0], tokenizer)
-            result["tasks"]["selection"] = found
-        if "categories" in experiment.evaluation.tasks:
-            result["tasks"]["categories"] = categories_of(experiment, folder, mesh, batches)
-    record = {
-        "run": experiment.name,
-        "step": step,
-        "parameters": parameter_count(model),
-        "train_length": experiment.train_length,
-        "model": to_plain(experiment.model),
-        "tokenizer_fingerprint": tokenizer.fingerprint() if (tokenizer := tokenizer_of(experiment.data)) else "",
-    } | result
-    for task in record["tasks"].values():
-        task["evaluation"] = to_plain(experiment.evaluation)
-    before = _read(output)
-    if all(before.get(key) == record[key] for key in ("run", "step", "parameters", "model", "tokenizer_fingerprint")):
-        record["state_bytes"] = before["state_bytes"] | record["state_bytes"]
-        record["tasks"] = before["tasks"] | record["tasks"]
+        whole, lengths = merged(model), experiment.evaluation.lengths
+        record = {
+            "run": experiment.name,
+            "step": step,
+            "parameters": parameter_count(model),
+            "train_length": experiment.train_length,
+            "model": to_plain(experiment.model),
+            "tokenizer_fingerprint": tokenizer.fingerprint() if (tokenizer := tokenizer_of(experiment.data)) else "",
+            "parameters_fingerprint": parameters_fingerprint(model),
+        }
+        before = _read(output)
+        if any(before.get(key, value) != value for key, value in record.items()):
+            before = {}
+        record["state_bytes"] = before.get("state_bytes", {}) | {str(length): abstract_state_bytes(whole, length) for length in lengths}
+        record["tasks"] = before.get("tasks", {})
+        todo = tuple(task for task in experiment.evaluation.tasks if not _is_done(record, task, experiment.evaluation))
+        for task in set(experiment.evaluation.tasks) - set(todo):
+            say(f"{task}: measured before, in {output}")
+        for task, result in _results(experiment, todo, folder, mesh, model, say, output):
+            record["tasks"][task] = result | {"evaluation": to_plain(experiment.evaluation)}
+            write_json(output, record)
     write_json(output, record)
     print(output)
+
+
+def _results(
+    experiment: Experiment,
+    tasks: tuple[str, ...],
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    model: Model,
+    say: Callable[[str], None],
+    output: pathlib.Path,
+) -> Iterator[tuple[str, dict]]:
+    """Of tasks, each as soon as it is there."""
+    if not tasks:
+        return
+    objective, divisor = experiment.objective, sharding.batch_divisor(mesh)
+    batches = validation_batches(experiment.data, experiment.batch_size, experiment.validation_batches, 0, divisor)
+    loss = make_steps(experiment, mesh).validation_loss
+    yield from evaluate(
+        merged(model),
+        dataclasses.replace(experiment.evaluation, tasks=tasks),
+        experiment.data,
+        validation=batches,
+        validation_nll=float(
+            np.average([float(loss(model, batch)) for batch in batches], weights=[counted(of_validation(objective), b) for b in batches])
+        ),
+        say=say,
+        output=output,
+        about={"model": to_plain(experiment.model), "parameters": parameters_fingerprint(model)},
+    )
+    if "selection" in tasks:
+        reference, tokenizer = reference_of(experiment, mesh), tokenizer_of(experiment.data)
+        yield "selection", evaluate_selection(merged(model), reference, objective, batches[0], tokenizer)
+    if "categories" in tasks:
+        yield "categories", categories_of(experiment, folder, mesh, batches)
 
 
 def reference_of(experiment: Experiment, mesh: jax.sharding.Mesh) -> Model:
@@ -130,6 +155,12 @@ def _read(output: pathlib.Path) -> dict:
 def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
     """Whether all tasks were run on the last step with the same settings."""
     record = _read(output)
-    settings = to_plain(experiment.evaluation)
-    done = [name for name, task in record.get("tasks", {}).items() if task.get("evaluation") == settings]
-    return record.get("step") == experiment.steps and set(experiment.evaluation.tasks) <= set(done)
+    done = all(_is_done(record, task, experiment.evaluation) for task in experiment.evaluation.tasks)
+    return record.get("step") == experiment.steps and done
+
+
+def _is_done(record: dict, task: str, evaluation: Evaluation) -> bool:
+    """Whether a result has a task with the same settings, whatever other tasks there are."""
+    settings = to_plain(evaluation)
+    before = record.get("tasks", {}).get(task, {}).get("evaluation", {})
+    return bool(before) and {**before, "tasks": None} == {**settings, "tasks": None}

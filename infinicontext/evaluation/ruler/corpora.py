@@ -98,7 +98,10 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         data = path.read_bytes()
         try:
             contents[name] = json.loads(data)
-            contents[name] = contents[name]["text"] if name == "essay" else contents[name]
+            if name == "essay":
+                contents[name] = contents[name]["text"]
+                if not isinstance(contents[name], str) or not contents[name].strip():
+                    raise ValueError("its text is empty, or no text")
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} is not {FILES[name].what}: {error}") from error
         ids[name] = hashlib.sha256(data).hexdigest()

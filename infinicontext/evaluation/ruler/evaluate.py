@@ -6,8 +6,9 @@ from typing import get_args
 
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
-from infinicontext.evaluation.questions import Answers, Question, ask, with_start
+from infinicontext.evaluation.questions import ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
@@ -65,9 +66,9 @@ def evaluate_ruler(
       about: what is evaluated; answers of something else are not used.
 
     Returns:
-      protocol, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers and speed, means of
-      categories, and the score of the length if all tasks were scored; summary over such lengths; predictions: on request; skipped: tasks
-      and lengths with the reason.
+      protocol, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed and, where it is
+      not 100, the ceiling that the cut of answers leaves; means of categories, and the score of the length if all tasks were scored;
+      summary over such lengths; predictions: on request; skipped: tasks and lengths with the reason.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     count = lambda text: len(tokenizer.encode(text))
@@ -97,16 +98,26 @@ def evaluate_ruler(
                 )
                 for sample in samples
             ]
-            speed = ask(model, tokenizer, questions, kept, mode="generate", batch_size=config.batch_size, segment=segment)
+            try:
+                speed = ask(model, tokenizer, questions, kept, mode="generate", batch_size=config.batch_size, segment=segment)
+            except UserError as error:
+                # Logits that are not finite: a model may break at one length and not at another.
+                skipped.append({"length": length, "task": task, "reason": str(error)})
+                continue
             answers = [kept.of(question).text for question in questions]
             scores[task] = _scored(task, samples, answers)
+            # Answers are cut off at RULER's numbers of tokens, which may be few for a tokenizer that is close to bytes.
+            longest = [tokenizer.decode(tokenizer.encode(question.continuation)[: question.new_tokens]) for question in questions]
+            if (ceiling := task_score(task, longest, [sample.outputs for sample in samples])) < 100:
+                scores[task]["ceiling"] = ceiling
             if speed:
                 scores[task]["samples_per_second"] = speed
             predictions += [
                 {"length": length, "task": task, "index": sample.index, "answer": answer, "outputs": sample.outputs}
                 for sample, answer in zip(samples, answers)
             ]
-            say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%, {len(samples)} samples")
+            most = f", of {ceiling:.2f}% that fit the answer's tokens" if ceiling < 100 else ""
+            say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%{most}, {len(samples)} samples")
         values = {task: entry["score"] for task, entry in scores.items()}
         entry = {"length": length, "tasks": scores, "categories": category_means(values)}
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))

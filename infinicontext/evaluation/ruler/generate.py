@@ -127,7 +127,9 @@ class _Family:
         chat = CHATS.get(request.chat, request.chat)
         if "{task_template}" not in chat:
             raise UserError(f"chat is {request.chat}; it must be one of {', '.join(CHATS)}, or a text with {{task_template}}")
-        self.template = chat.replace("{task_template}", self.text.body) + self.text.prefix
+        # The template is filled by its fields; what else of the chat's stands in braces is text.
+        chat = chat.replace("{", "{{").replace("}", "}}")
+        self.template = chat.replace("{{task_template}}", self.text.body) + self.text.prefix
         self.budget = request.length - request.template_tokens
         self.prepare()
 
@@ -363,7 +365,10 @@ class _Questions(_Family):
         data = getattr(self.corpora, self.parameters.dataset)
         if data is None:
             raise UserError(f"RULER's {self.task} needs the data set {self.parameters.dataset}")
-        self.documents, self.items = _squad(data) if self.parameters.dataset == "squad" else _hotpotqa(data)
+        try:
+            self.documents, self.items = _squad(data) if self.parameters.dataset == "squad" else _hotpotqa(data)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"RULER's {self.task}: the file of {self.parameters.dataset} has another form: {error!r}") from error
 
     def draw_all(self, samples: int) -> list[Drawn]:
         if samples > len(self.items):
