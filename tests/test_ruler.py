@@ -93,6 +93,8 @@ def test_official_scores(golden):
         computed = summary({int(length): score for length, score in model["scores"].items()}, model.get("threshold", 85.6))
         for name, value in model["computed"].items():
             assert computed[name] == pytest.approx(value, abs=1e-9), (model["model"], name)
+    of_length = found["length_average"]
+    assert length_score(of_length["task_scores"]) == pytest.approx(of_length["value"], abs=1e-9)
 
 
 def test_means_of_tasks():
@@ -348,8 +350,12 @@ def test_published_scores(golden):
 def test_own_scores_stand_above_published_ones(tmp_path):
     tasks = {task: {"score": 50.0} for task in TASKS}
     by_length = [{"length": length, "tasks": tasks, "categories": {}, "score": 50.0} for length in (2048, 4096)]
-    ruler = {"by_length": by_length, "summary": summary({2048: 50.0, 4096: 50.0})}
+    said = {"protocol": "RULER. Not comparable with published numbers."}
+    ruler = said | {"by_length": by_length, "summary": summary({2048: 50.0, 4096: 50.0}, 79.4) | {"threshold": 79.4}}
     run = Run("mine <1>", 0, tmp_path, {"experiment": {}}, [], [], [], {"tasks": {"ruler": ruler}})
     table = published.html_table([run])
-    assert table.index("mine &lt;1&gt;</th><td>-</td><td>&lt;2048</td><td>50.0</td><td>-</td>") < table.index("Jamba-1.5-large")
+    mine = "mine &lt;1&gt;</th><td>-</td><td>&lt;2048 (not comparable; 79.4%)</td><td>50.0</td><td>-</td>"
+    assert table.index(mine) < table.index("Jamba-1.5-large")
+    # Means over two of the six lengths would not stand beside means over all.
+    assert table.split("mine")[1].split("</tr>")[0].count("<td>-</td>") == 1 + 5 + 3
     assert published.html_table([dataclasses.replace(run, eval={})]) == ""

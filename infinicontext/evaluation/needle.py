@@ -64,6 +64,11 @@ def haystack_texts(source: str) -> list[str]:
     return [text]
 
 
+def named(source: str) -> str:
+    """A haystack's name; what it holds is in the prompts' fingerprint."""
+    return f"{source}, which is not the original's" if source else "Paul Graham's essays"
+
+
 def haystack(source: str, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of the documents of a source, one after another."""
     return np.concatenate(tokenizer.encode_batch(haystack_texts(source)))
@@ -88,8 +93,8 @@ class Needle:
     def protocol(self) -> str:
         """See `Kind`."""
         return (
-            "Needle in a haystack as in Activation Beacon's evaluation; ROUGE-L recall of the needle (package rouge) in the answer's first "
-            f"line, and whether it holds {' and '.join(self.phrases)}."
+            f"Needle in a haystack ({named(self.haystack)}) as in Activation Beacon's evaluation; ROUGE-L recall of the needle (package "
+            f"rouge) in the answer's first line, and whether it holds {' and '.join(self.phrases)}."
         )
 
     def sizes(self, lengths: list[int]) -> list[int]:
@@ -169,7 +174,10 @@ class MagicNumber:
 
     def protocol(self) -> str:
         """See `Kind`."""
-        return f"Magic number in a book as in EasyContext, {self.digits} digits, {self.distractors} other cities; the number must be right."
+        return (
+            f"Magic number in a book ({named(self.haystack)}) as in EasyContext, {self.digits} digits, {self.distractors} other cities; "
+            "the number must be right."
+        )
 
     def sizes(self, lengths: list[int]) -> list[int]:
         """Those of the prompts."""

@@ -104,15 +104,14 @@ class BeaconPasskey:
         return lengths
 
     def questions(self, tokenizer: Tokenizer, size: int, samples: int, seed: int) -> list[Question]:
-        """Keys are drawn depth by depth."""
-        rng = np.random.default_rng((seed, size))
+        """Keys are drawn for each depth and sample by itself, so that more samples leave the first ones what they are."""
         description, question = tokenizer.encode(self.description), tokenizer.encode(self.question)
         budget, found = size - len(with_start(tokenizer, [])), []
         # Units that are not apart may take fewer tokens than one alone.
         filler = tokenizer.encode(UNIT * (2 * size // len(tokenizer.encode(UNIT)) + 2))
-        for depth in self.depths:
+        for cell, depth in enumerate(self.depths):
             for index in range(samples):
-                key = str(rng.integers(10**4, 10**5))
+                key = str(np.random.default_rng((seed, size, cell, index)).integers(10**4, 10**5))
                 line = tokenizer.encode(f"\n\n{KEY_LINE.format(key=key)}\n\n")
                 low, high = len(description), budget - len(question) - len(line) - 1
                 if high < low:

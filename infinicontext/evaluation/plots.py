@@ -5,6 +5,7 @@ data in the same tokens.
 """
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple
@@ -34,6 +35,7 @@ from infinicontext.evaluation.drawing import (
     with_points,
 )
 from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
+from infinicontext.evaluation.ruler.score import THRESHOLDS
 from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
 from infinicontext.evaluation.runs import Run
 
@@ -256,16 +258,27 @@ def _ruler_map(runs: list[Run]) -> Plot:
 
 
 def _ruler_by_length(runs: list[Run]) -> Plot | None:
-    mean = lambda tasks: sum(result["score"] for result in tasks.values()) / len(tasks)
-    points = lambda run: [(entry["length"], mean(entry["tasks"])) for entry in run.task("ruler").get("by_length", []) if entry["tasks"]]
-    lines = with_points((run, points(run)) for run in runs)
+    measured = {run.name: [entry for entry in run.task("ruler").get("by_length", []) if entry["tasks"]] for run in runs}
+    # The same tasks at all lengths and of all runs: some fit a length and others do not, and are harder or easier than those.
+    common = set.intersection(*(set(entry["tasks"]) for entries in measured.values() for entry in entries), set(RULER_TASKS))
+
+    def point(entry: dict) -> tuple:
+        """The mean, and its interval as of independent tasks with errors of their own."""
+        found = [entry["tasks"][task] for task in common]
+        mean = sum(result["score"] for result in found) / len(found)
+        half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in (result["interval"] for result in found))) / len(found)
+        return entry["length"], mean, mean - half, mean + half
+
+    lines = with_points((run, list(map(point, measured[run.name])) if common else []) for run in runs)
     if not lines:
         return None
     title = "RULER by length"
     figure, axes = lines_over_lengths(lines, title, "length (tokens)", "mean over tasks (%)")
     axes.set_ylim(-4, 104)
-    counts = sorted({len(entry["tasks"]) for run, _ in lines for entry in run.task("ruler")["by_length"] if entry["tasks"]})
-    note = f"Mean over {' or '.join(map(str, counts))} of the {len(RULER_TASKS)} tasks."
+    note = f"Mean over the {len(common)} of {len(RULER_TASKS)} tasks that were asked at every length. Bars: 95% interval."
+    if len(common) == len(RULER_TASKS):
+        axes.axhline(THRESHOLDS["chat"], color=GRAY, linewidth=1, zorder=1)
+        note += f" Gray: {THRESHOLDS['chat']}%, Llama-2-7B's at 4K, above which a length counts as read."
     return Plot("ruler-by-length", title, note, "ruler", [run for run, _ in lines], figure)
 
 

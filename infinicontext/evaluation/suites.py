@@ -48,10 +48,13 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
     if name == "standard":
         tasks = ("ruler", "passkey_beacon", "key_value", "babilong", *perplexities)
         facts = ("qa1", "qa2", "qa3", "qa4", "qa5") if own.babilong.facts else ("qa1", "qa2", "qa3")
-        kinds = {"key_value": dataclasses.replace(own.key_value, pairs=(75, 140))}
-        kinds["babilong"] = dataclasses.replace(own.babilong, tasks=facts)
+        kinds = {
+            "key_value": dataclasses.replace(own.key_value, pairs=(75, 140)),
+            "babilong": dataclasses.replace(own.babilong, tasks=facts),
+            "ruler": dataclasses.replace(own.ruler, tasks=tuple(TASKS)),
+        }
         return [
-            dataclasses.replace(own, tasks=tasks, lengths=STANDARD, **kinds),
+            dataclasses.replace(own, tasks=tasks, lengths=STANDARD, asking=decoded, **kinds),
             dataclasses.replace(own, tasks=("magic_number",), lengths=STANDARD, asking=forced),
         ]
     if name == "paper:infini":

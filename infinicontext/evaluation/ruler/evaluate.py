@@ -66,8 +66,8 @@ def evaluate_ruler(
       about: what is evaluated; answers of something else are not used.
 
     Returns:
-      protocol, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed and, where it is
-      not 100, the ceiling that the cut of answers leaves; means of categories, and the score of the length if all tasks were scored;
+      protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed and, where it
+      is not 100, the ceiling that the cut of answers leaves; means of categories, and the score of the length if all tasks were scored;
       summary over such lengths; predictions: on request; skipped: tasks and lengths with the reason.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
@@ -131,8 +131,13 @@ def evaluate_ruler(
         + (f" Not comparable with published numbers: {', '.join(strange)}." if strange else "")
     )
     asked = {"predictions": predictions} if config.predictions else {}
-    added = {"summary": summary(whole, THRESHOLDS["base" if config.chat == "base" else "chat"])} if whole else {}
-    return {"protocol": protocol, "version": VERSION, "corpora": loaded.ids, "by_length": by_length, "skipped": skipped} | added | asked
+    threshold = THRESHOLDS["base" if config.chat == "base" else "chat"]
+    added = {"summary": summary(whole, threshold) | {"threshold": threshold}} if whole else {}
+    return (
+        {"protocol": protocol, "mode": "generate", "version": VERSION, "corpora": loaded.ids, "by_length": by_length, "skipped": skipped}
+        | added
+        | asked
+    )
 
 
 def _scored(task: str, samples: list[Sample], answers: list[str]) -> dict:

@@ -40,5 +40,10 @@ def _own(run: Run) -> list[str]:
     found = run.task("ruler")
     scores = {entry["length"]: entry["score"] for entry in found["by_length"] if "score" in entry}
     of_length = (f"{scores[length]:.1f}" if length in scores else "-" for length in LENGTHS)
-    means = (f"{found['summary'][name]:.1f}" for name in ("avg", "wavg_inc", "wavg_dec"))
-    return [run.name, "-", found["summary"]["effective_label"], *of_length, *means]
+    # Means over other lengths are no numbers to stand beside these.
+    whole = scores.keys() == set(LENGTHS)
+    means = (f"{found['summary'][name]:.1f}" if whole else "-" for name in ("avg", "wavg_inc", "wavg_dec"))
+    strange = "not comparable; " if "Not comparable" in found["protocol"] else ""
+    threshold = found["summary"].get("threshold")
+    effective = found["summary"]["effective_label"] + (f" ({strange}{threshold}%)" if threshold else "")
+    return [run.name, "-", effective, *of_length, *means]
