@@ -317,3 +317,24 @@ def test_length_labels(tokens, label):
 def test_perplexity_of_a_diverged_run_is_infinite():
     assert perplexity(1e4) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_scores_in_numbers(tmp_path):
+    """By task and way of asking, beside what one has who knows nothing; lengths beyond a run's training are marked."""
+    entry = {"size": 512, "score": 0.5, "interval": [0.4, 0.6], "prompt_tokens": 500, "chance": 1 / 6, "majority": 0.25}
+    questions = {"protocol": "", "mode": "teacher_forced", "size": "tokens", "place": "task", "cells": [], "by_size": [entry]}
+    of_task = {"score": 40.0, "interval": [30.0, 50.0], "samples": 5, "nulls": 0, "chance": 12.5}
+    ruler = {"protocol": "", "by_length": [{"length": 256, "tasks": {"vt": of_task}, "categories": {}}], "skipped": []}
+    tasks = {"passkey": passkey(0.5), "babilong": questions, "ruler": ruler}
+    write_run(tmp_path / "a", "a", PASSKEY, tasks=tasks)
+    write_run(tmp_path / "b", "b", PASSKEY, tasks={"passkey": passkey(0.25)})
+    compare([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<h3>BABILong, teacher-forced</h3>" in page
+    assert "<td>50.0 <small>40 to 60</small> *</td>" in page
+    assert '<th scope="row">who guesses</th><td>16.7</td>' in page
+    assert '<th scope="row">the commonest answer</th><td>25</td>' in page
+    assert "<h3>Passkey</h3>" in page
+    assert "<td>25.0 *</td>" in page
+    assert "<h3>RULER, vt</h3>" in page
+    assert "<td>40.0 <small>30 to 50</small></td>" in page

@@ -133,7 +133,7 @@ def evaluate_passkey(
             continue
         everything = [score for scores in right.values() for score in scores]
         cells += [{"length": length, "depth": depth, **_score(scores)} for depth, scores in right.items()]
-        by_length.append({"length": length, **_score(everything)})
+        by_length.append({"length": length, **_score(everything), "chance": 1 / (9 * 10 ** (config.digits - 1))})
         if seconds:
             by_length[-1] |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         say(

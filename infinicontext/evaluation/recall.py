@@ -69,7 +69,7 @@ def evaluate_recall(
         if found:
             by_size.append({"size": length} | _summary(np.concatenate([shares_N for _, shares_N in found])))
             by_size[-1] |= {"prompt_tokens": length, "chance": float(np.mean([1 / pairs for pairs, _ in found]))}
-            say(f"recall length {length}: {100 * by_size[-1]['score']:.1f}%")
+            say(f"recall length {length}: {100 * by_size[-1]['score']:.1f}%, chance {100 * by_size[-1]['chance']:.1f}%")
     protocol = (
         f"Multi-query associative recall (MQAR), {config.samples} examples of each length and number of pairs, filler {data.filler}"
         + (f", {data.gap} tokens between pairs and queries" if data.gap else "")

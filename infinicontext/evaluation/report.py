@@ -21,6 +21,7 @@ from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_
 from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
 from infinicontext.evaluation.ruler import published
 from infinicontext.evaluation.runs import Run, read_runs
+from infinicontext.evaluation.score_tables import html_tables
 
 
 class Number(NamedTuple):
@@ -274,6 +275,7 @@ def html_page(runs: list[Run], rows: list[Row], plots: list[Plot], pictures: dic
         '<h2>Pictures</h2><div class="plots">' if plots else "",
         *(_html_figure(plot, pictures[plot.file]) for plot in plots),
         "</div>" if plots else "",
+        *(["<h2>Scores</h2>", *scores] if (scores := html_tables(runs)) else []),
         f"<h2>RULER beside published scores</h2>{ruler}" if (ruler := published.html_table(runs)) else "",
         *_html_tokens(runs),
         f"<h2>Not measured</h2><ul>{''.join(skipped)}</ul>" if skipped else "",

@@ -66,9 +66,9 @@ def evaluate_ruler(
       about: what is evaluated; answers of something else are not used.
 
     Returns:
-      protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed and, where it
-      is not 100, the ceiling that the cut of answers leaves; means of categories, and the score of the length if all tasks were scored;
-      summary over such lengths; predictions: on request; skipped: tasks and lengths with the reason.
+      protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed, the score of
+      the answers to other samples and, where it is not 100, the ceiling that the cut of answers leaves; means of categories, and the score
+      of the length if all tasks were scored; summary over such lengths; predictions: on request; skipped: tasks and lengths with the reason.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     count = lambda text: len(tokenizer.encode(text))
@@ -106,6 +106,10 @@ def evaluate_ruler(
                 continue
             answers = [kept.of(question).text for question in questions]
             scores[task] = _scored(task, samples, answers)
+            # Who guesses has seen answers of the same kind: those to the next sample.
+            shifted = [", ".join(sample.outputs) for sample in samples[1:] + samples[:1]]
+            if len(samples) > 1:
+                scores[task]["chance"] = task_score(task, shifted, [sample.outputs for sample in samples])
             # Answers are cut off at RULER's numbers of tokens, which may be few for a tokenizer that is close to bytes.
             longest = [tokenizer.decode(tokenizer.encode(question.continuation)[: question.new_tokens]) for question in questions]
             if (ceiling := task_score(task, longest, [sample.outputs for sample in samples])) < 100:
@@ -117,7 +121,8 @@ def evaluate_ruler(
                 for sample, answer in zip(samples, answers)
             ]
             most = f", of {ceiling:.2f}% that fit the answer's tokens" if ceiling < 100 else ""
-            say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%{most}, {len(samples)} samples")
+            guessed = f", another sample's answers {scores[task]['chance']:.2f}%" if "chance" in scores[task] else ""
+            say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%{most}{guessed}, {len(samples)} samples")
         values = {task: entry["score"] for task, entry in scores.items()}
         entry = {"length": length, "tasks": scores, "categories": category_means(values)}
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
