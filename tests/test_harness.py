@@ -25,6 +25,11 @@ def test_ruler_tasks(tmp_path, capsys):
     assert "max_gen_toks: 128" in (tmp_path / "tasks" / f"{names[0]}.yaml").read_text()
     with pytest.raises(UserError, match=r"none of RULER's vt could be made"):
         write_tasks(tmp_path / "tasks", ByteTokenizer(), RulerEvaluation(("vt",), 2), [2048])
+    capsys.readouterr()
+    budget = "--samples 1 --lengths 4k --example-budget 2000 --chat meta-chat"
+    cli.main(["ruler-tasks", str(tmp_path / "more"), "--tokenizer", "bytes", "--tasks", "vt", *budget.split()])
+    assert capsys.readouterr().out.split() == ["infinicontext_vt_4096"]
+    assert json.loads((tmp_path / "more" / "infinicontext_vt_4096.jsonl").read_text())["input"].startswith("[INST] ")
 
 
 def test_missing_harness(monkeypatch, capsys):

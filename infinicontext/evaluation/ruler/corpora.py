@@ -115,7 +115,7 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         name = needed(task)
         if name and name not in contents:
             file = FILES[name]
-            missing[task] = f"there is no {where / file.name}: {file.what}, from {file.source}"
+            missing[task] = f"there is no {where / file.name}: {file.what}, from {file.source} (infinicontext download ruler)"
         elif name == "essay" and sentences is None:
             missing[task] = lacks
     words = contents.get("english_words")

@@ -68,7 +68,7 @@ def evaluate_ruler(
     Returns:
       protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed, the score of
       the answers to other samples and, where it is not 100, the ceiling that the cut of answers leaves; means of categories, and the score
-      of the length if all tasks were scored; summary over such lengths; predictions: on request; skipped: tasks and lengths with the reason.
+      of the length if all tasks were scored; summary over such lengths; predictions: on request; skipped: tasks and lengths with reasons.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     count = lambda text: len(tokenizer.encode(text))
