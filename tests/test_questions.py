@@ -602,6 +602,13 @@ def test_training_questions(tmp_path, monkeypatch, capsys):
     (line,) = (line for line in lines if first[1:-1] == tokenizer.encode(line["prompt"] + line["response"]).tolist())
     assert (first[0], first[-1]) == (256, 256)
     assert found.answers[: found.starts[1]].sum() == len(line["response"]) + 1
+    more = ["--evaluation.documents.counts", "2", "--evaluation.ruler.example-budget", "2000", "--lengths", "4k"]
+    cli.main(["training-questions", *words[1:2], "more.jsonl", *words[3:5], "--tasks", "documents", "vt", *more])
+    lines = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()]
+    assert {line["task"] for line in lines} == {"documents", "vt"}
+    # What is asked without any document cannot be learnt; and no answer begins with a second space.
+    assert all("Document" in line["prompt"] for line in lines if line["task"] == "documents")
+    assert {line["prompt"][-1] + line["response"][0] == "  " for line in lines} == {False}
     cases = [(["--tasks", "niah"], "--tasks has niah"), (["--tasks", "vt", "--seed", "42"], "--seed is 42")]
     cases += [(["--tasks", "needle"], "--tasks has needle, whose questions are always the same")]
     for options, message in cases:

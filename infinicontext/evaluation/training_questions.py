@@ -69,9 +69,13 @@ def write_questions(
             try:
                 if task in TASKS:
                     for prompt, outputs in _ruler(task, tokenizer, evaluation, size, samples, seed):
-                        add(task, size, prompt, _listed(task, outputs))
+                        response = _listed(task, outputs)
+                        # vt's prompt ends with the space itself.
+                        add(task, size, prompt, response.lstrip() if prompt.endswith(" ") else response)
                 else:
                     for question in getattr(evaluation, task).questions(tokenizer, size, samples, seed):
+                        if question.place == "closed book":
+                            continue  # its prompt does not hold the answer
                         add(task, size, tokenizer.decode(question.prompt_P), question.continuation)
             except UserError as error:
                 say(f"{task} {size} left out: {error}")
