@@ -214,7 +214,7 @@ def make_parser() -> Parser:
     command.add_argument("--output", type=pathlib.Path, help="a .json file; a picture and the search so far are put beside it")
     command.add_argument("--data", help="documents to search on, as --data.source; default: those that a run learnt from")
     command.add_argument("--original-length", help="tokens the model was trained on; default: what the folder says")
-    command.add_argument("--documents", type=int, default=5, help="that candidates read, each of the target length")
+    command.add_argument("--documents", type=int, help="that candidates read, each of the target length; default: 5, for longrope2 10")
     command.add_argument("--short", action="store_true", help="the factors for texts up to the original length, of a model with longrope")
     command.add_argument("--batch", type=int, default=32, help="candidates of a call")
     command.add_argument("--lanes", type=int, default=1, help="candidates that a device reads side by side")

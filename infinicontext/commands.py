@@ -249,6 +249,9 @@ def run_search_rope(options: argparse.Namespace) -> None:
     for name in ("target_length", "output"):
         if getattr(options, name) is None:
             raise UserError(f"--{name.replace('_', '-')} is missing")
+    if options.documents is None:
+        # As many as the papers'.
+        options.documents = 10 if config.algorithm == "longrope2" else 5
     for name in ("documents", "batch", "lanes", "segment"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")

@@ -407,6 +407,7 @@ def test_commands(tmp_path, monkeypatch, command_line):
     (tmp_path / "other.json").write_text(json.dumps(record | {"rope_theta": 5e5}))
     fails("convert run other --to run --factors other.json", "other.json", "rope_theta 500000", "the model has 10000")
     fails("search-rope run --target-length 4k --output a.json", "--data has 0 documents of 4097 tokens or more", "5 (--documents)")
+    fails("search-rope run --target-length 4k --output a.json --algorithm longrope2", "10 (--documents)")
     fails("search-rope run --target-length 16 --short --output a.json", "--short is for a model with longrope")
     fails("search-rope longer --target-length 64 --output a.json", "reads 64 tokens already")
     fails("search-rope run --target-length 64 --output a.json --iteration 2", "--iteration")
