@@ -333,8 +333,14 @@ def test_eval_at_other_lengths(world, tmp_path):
     assert tree(world) == before
 
 
-def test_eval_repeats_what_sweep_wrote(world, tmp_path):
+def test_eval_repeats_what_sweep_wrote(world, tmp_path, capsys):
+    """And does not repeat itself."""
     main(["eval", "runs/keys", "--step", "3", "--output", str(tmp_path / "eval.json")])
+    assert "measured before" not in capsys.readouterr().err
+    before = (tmp_path / "eval.json").read_text()
+    main(["eval", "runs/keys", "--step", "3", "--output", str(tmp_path / "eval.json")])
+    assert f"passkey: measured before, in {tmp_path / 'eval.json'}" in capsys.readouterr().err
+    assert (tmp_path / "eval.json").read_text() == before
     written = [json.loads(path.read_text()) for path in (world / "runs" / "keys" / "eval.json", tmp_path / "eval.json")]
     for results in written:
         for row in results["tasks"]["passkey"]["by_length"]:

@@ -30,7 +30,7 @@ from infinicontext.training.weights import load_model, merged, parameters_finger
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
     """Evaluates a checkpoint of a run and writes each task's result as it comes, beside those of other tasks on the same checkpoint and
-    model. What is there already, with the same settings, is not measured again."""
+    model. What is there already, with the same settings and nothing left out, is not measured again."""
     check_ids(experiment)
     check_devices(experiment)
     if "selection" in experiment.evaluation.tasks:
@@ -61,10 +61,14 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             before = {}
         record["state_bytes"] = before.get("state_bytes", {}) | {str(length): abstract_state_bytes(whole, length) for length in lengths}
         record["tasks"] = before.get("tasks", {})
-        todo = tuple(task for task in experiment.evaluation.tasks if not _is_done(record, task, experiment.evaluation))
-        for task in set(experiment.evaluation.tasks) - set(todo):
-            say(f"{task}: measured before, in {output}")
-        for task, result in _results(experiment, todo, folder, mesh, model, say, output):
+        todo = []
+        for task in experiment.evaluation.tasks:
+            # What was left out for want of a file may be there now.
+            if _is_done(record, task, experiment.evaluation) and not record["tasks"][task].get("skipped"):
+                say(f"{task}: measured before, in {output}")
+            else:
+                todo.append(task)
+        for task, result in _results(experiment, tuple(todo), folder, mesh, model, say, output):
             record["tasks"][task] = result | {"evaluation": to_plain(experiment.evaluation)}
             write_json(output, record)
     write_json(output, record)
