@@ -24,15 +24,15 @@ from infinicontext.training.optimizer import OptimizerConfig
 
 
 def keys() -> Experiment:
-    """The backbone for passkey retrieval: full attention, which has seen positions up to 1,024."""
+    """The backbone for passkey retrieval: full attention, which has seen positions up to 704."""
     return Experiment(
         name="keys",
-        model=TransformerConfig(vocab_size=64, dim=128, layers=3, heads=4, remat=False),
-        data=PasskeyData(lengths=(128, 512, 1024), stage_steps=(120, 280), shortest=(80, 80, 80), depths=(-0.1, 1.1)),
+        model=TransformerConfig(vocab_size=64, dim=128, layers=4, heads=8, remat=False),
+        data=PasskeyData(lengths=(128, 704), stage_steps=(120,), shortest=(80, 80), depths=(-0.1, 1.1)),
         objective=NextToken(loss="answers", context_weight=0.3),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.05),
         evaluation=Evaluation(tasks=("passkey",), lengths=(512, 1024, 2048, 4096), passkey=PasskeyEvaluation(samples=20)),
-        steps=800,
+        steps=450,
         batch_size=64,
         log_every=20,
         validation_every=100,
@@ -47,13 +47,26 @@ def keys_beacon() -> Experiment:
     return dataclasses.replace(
         experiment,
         name="keys_beacon",
-        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8), training_bare_end=False),
+        model=BeaconConfig.of(experiment.model, chunk=128, ratios=(2, 4, 8), training_bare_end=False, beacon_output=True),
         data=dataclasses.replace(experiment.data, lengths=(256, 512), stage_steps=(500,), shortest=(200, 300), depths=(-0.1, 0.8)),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, train=("beacon",)),
         evaluation=dataclasses.replace(experiment.evaluation, lengths=(512, 1024, 2048, 4096, 8192)),
         start_from="runs/beacon/keys",
         steps=1500,
         batch_size=32,
+    )
+
+
+def keys_beacon_on() -> Experiment:
+    """On from there with keys up to the very end, too, where a chunk's own tokens still show them."""
+    experiment = keys_beacon()
+    return dataclasses.replace(
+        experiment,
+        name="keys_beacon_on",
+        data=dataclasses.replace(experiment.data, lengths=(512,), stage_steps=(), shortest=(200,), depths=(-0.1, 1.1)),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e-3, warmup_steps=20),
+        start_from="runs/beacon/keys_beacon",
+        steps=300,
     )
 
 
@@ -65,7 +78,9 @@ def text() -> Experiment:
         data=CorpusData(source="python", tokenizer="bytes", length=1024),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
         evaluation=Evaluation(
-            tasks=("perplexity",), lengths=(256, 512, 1024, 2048, 4096, 8192), perplexity=PerplexityEvaluation(documents=8)
+            tasks=("perplexity",),
+            lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
+            perplexity=PerplexityEvaluation(documents=32, scored=128),
         ),
         steps=400,
         batch_size=8,
