@@ -247,4 +247,4 @@ def test_from_training_to_the_report(tmp_path, monkeypatch, capsys, request):
 
 def test_summaries_need_books():
     with pytest.raises(UserError, match="summarisation, which needs BookData, but data is PasskeyData"):
-        evaluate(None, Evaluation(tasks=("summarisation",)), PasskeyData(), validation=[], validation_nll=0.0, say=print)
+        next(evaluate(None, Evaluation(tasks=("summarisation",)), PasskeyData(), validation=[], validation_nll=0.0, say=print))
