@@ -22,8 +22,8 @@ Keys, exact (digits) in %, 20 samples x 5 depths, 10 x 5 of the backbone:
     beacons, ratio 4            43 (71)   30 (62)   0 (30)    0 (18)
     beacons, ratio 2            45 (70)   5 (40)    0 (24)    0 (12)
 
-- What seems to count is the number of slots, not of tokens: up to 256, which four chunks leave at ratio 2, a key is found as often as in training,
-  and at 512 (4,096 tokens at ratio 8, 2,048 at 4, 1,024 at 2) it is not.
+- What seems to count is the number of slots, not of tokens: up to 256, which four chunks leave at ratio 2, a key is found as often as in
+  training, and at 512 (4,096 tokens at ratio 8, 2,048 at 4, 1,024 at 2) it is not.
 - More beacons do not help: at ratio 2 keys in 512 tokens fare no better. At ratio 8 the first digit is right in 100%, the others in 61 to
   72% (160 samples of 512 tokens, keys in the first 60%), and keys are exact in 70% where they begin in the first 16 columns of their
   chunk, in 27% where they begin in the last 32, with few beacons behind them. So perhaps one beacon can serve one digit: the heads that
