@@ -1,6 +1,10 @@
 """What selecting tokens costs: a training step that learns from all of them, from those chosen by stored reference losses, and from those
 chosen by a reference model that reads each batch.
 
+Measured on 2 CPU cores (jax 0.10.2, float32), --length 2048 --batch 4 --rounds 7, D 256, 4 layers, medians of steps of 4 x 512 tokens: all
+tokens 510 ms, stored losses 457 (0.90; by row 463), a reference as large as the model 588 (1.15). That choosing costs less than not
+choosing is not explained; the runs of one form spread by a tenth.
+
 Shape letters: B batch, T time.
 """
 
