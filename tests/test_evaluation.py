@@ -314,6 +314,7 @@ def test_an_evaluation_that_was_killed_asks_for_what_is_missing(tmp_path, monkey
     whole = evaluated(about={"parameters": "a"})
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + 12 == 1 + len(whole["predictions"])
+    assert whole["by_length"][0]["chance"] == 1 / 90_000
     assert whole["predictions"][0] | {"answer": "77777"} == whole["predictions"][0]
     file.write_text("\n".join([*lines[:9], lines[9][:30]]))
     asked = []

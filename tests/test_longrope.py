@@ -355,15 +355,20 @@ def tiny():
 """
 
 
-def test_commands(tmp_path, monkeypatch, command_line):
-    """A trained model's factors are searched, the search goes on, the model gets them, learns on, is read for short texts, and mistakes."""
+@pytest.fixture
+def trained(tmp_path, monkeypatch, command_line):
+    """A folder, the current one, with a trained model in run/ and what it was made of."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments.py").write_text(EXPERIMENTS)
     texts = [f"{number} times {number} is {number**2}. " * 16 for number in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command_line[0]("train experiments.py:tiny --workdir run")
 
+
+@pytest.mark.usefixtures("trained")
+def test_commands(tmp_path, command_line):
+    """A trained model's factors are searched, the search goes on, the model gets them, learns on, is read for short texts, and mistakes."""
     run, fails = command_line
-    run("train experiments.py:tiny --workdir run")
     search = "search-rope run --target-length 64 --documents 2 --population 6 --mutations 2 --crossovers 2 --parents 4"
     run(f"{search} --iterations 1 --output factors.json --batch 8")
     rope = load_factors(tmp_path / "factors.json", 8)
@@ -416,14 +421,10 @@ def test_commands(tmp_path, monkeypatch, command_line):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(tmp_path, monkeypatch, command_line):
+@pytest.mark.usefixtures("trained")
+def test_killed_and_resumed(tmp_path, command_line):
     """kill -9 of a real process: the search goes on and ends as an unbroken one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
-    texts = [f"{number} times {number} is {number**2}. " * 16 for number in range(40)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run, _ = command_line
-    run("train experiments.py:tiny --workdir run")
     search = "search-rope run --target-length 64 --documents 2 --population 6 --parents 4 --iterations 60 --batch 8 --output"
     run(f"{search} whole.json")
     process = subprocess.Popen(

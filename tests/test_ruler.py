@@ -208,6 +208,8 @@ def test_what_bytes_can_reach_is_said(monkeypatch):
     tasks = found["by_length"][0]["tasks"]
     assert tasks["vt"]["ceiling"] == 80
     assert "ceiling" not in tasks["niah_single_1"]
+    # Nobody is right with another sample's number.
+    assert tasks["niah_single_1"]["chance"] == 0
     assert "of 80.00% that fit" in said[0]
 
 
