@@ -1,6 +1,6 @@
 r"""Longer texts by other rotary frequencies: PI, NTK, dynamic NTK, YaRN, Llama 3's, LongRoPE and LongRoPE2 on one small Transformer.
 
-It is trained on 256 bytes at a time and read at 2, 4, 8 and 16 times that, as it is and after the same short tuning; the first of five such
+It is trained on 128 bytes at a time and read at 2, 4, 8 and 16 times that, as it is and after the same short tuning; the first of five such
 models at every length, the others at 8 times and as they are. Searches read documents that the model was trained on, evaluations others.
 
     F=runs/context
@@ -60,7 +60,7 @@ from infinicontext.objectives.next_token import NextToken
 from infinicontext.training.optimizer import OptimizerConfig
 
 FOLDER = pathlib.Path("runs/context")
-ORIGINAL = 256
+ORIGINAL = 128
 DIGITS = 7  # as many as the needles of LongRoPE2's search have
 SCALES = (2, 4, 8, 16)
 SEEDS = 5
@@ -76,11 +76,11 @@ def base(seed: int = 0) -> Experiment:
         data=CorpusData(source="python", tokenizer="bytes", length=ORIGINAL),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
         evaluation=Evaluation(
-            tasks=("perplexity",), lengths=(256, 512, 1024, 2048, 4096), perplexity=PerplexityEvaluation(documents=16, scored=128)
+            tasks=("perplexity",), lengths=(128, 256, 512, 1024, 2048), perplexity=PerplexityEvaluation(documents=64, scored=64)
         ),
-        steps=1000,
+        steps=800,
         batch_size=16,
-        validation_every=100,
+        validation_every=200,
         checkpoint_every=200,
     )
 

@@ -18,6 +18,7 @@ from infinicontext.experiment import to_plain
 from infinicontext.longrope.factors import known_factors, magnitude, save_factors
 from infinicontext.longrope.score import Documents, Scorer, first_tokens, needles
 from infinicontext.longrope.search import CriticalSpace, Progress, SearchConfig, Space, evolve
+from infinicontext.models.streaming import Model
 from infinicontext.models.transformer import Transformer
 from infinicontext.nn.rope import RopeConfig, rope_table
 from infinicontext.training.run_folder import load_config
@@ -54,19 +55,7 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     _check_output(task.output)
     loaded = load_model(task.model, mesh, step=task.step)
     model = loaded.model
-    if not isinstance(model, Transformer) or model.config.rope.scheme not in ("default", "longrope"):
-        said = f"a {type(model).__name__} with rope.scheme {getattr(getattr(model.config, 'rope', None), 'scheme', 'none')}"
-        raise UserError(f"{task.model} holds {said}; factors are searched for a Transformer with the scheme default or longrope")
-    rope = model.config.rope
-    original = task.original_length or rope.original_length or trained_length(task.model)
-    if original < 2:
-        raise UserError(f"--original-length is {original}; it must be 2 or more")
-    if model.config.span is not None and model.config.span <= original:
-        raise UserError(f"{task.model} sees {model.config.span} tokens back at any length, no more than the original length, {original}")
-    if task.target_length < original:
-        raise UserError(f"--target-length is {task.target_length}; it must be the original length, {original}, or more")
-    if task.short and (rope.scheme != "longrope" or task.target_length != original):
-        raise UserError(f"--short is for a model with longrope, at --target-length {original}, its original length")
+    original, rope = _original_length(task, model), model.config.rope
     scale, done = task.target_length / original, 1.0
     if task.short:
         config = dataclasses.replace(config, start_tokens=(0,))
@@ -144,6 +133,24 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
         f"loss {loss:.4f} nats; " + ", ".join(f"{name} {losses[name]:.4f}" for name in losses) + f" (same attention factor, {factor:.4f})"
     )
     return result
+
+
+def _original_length(task: Task, model: Model) -> int:
+    """Tokens that the model was trained on. Raises UserError if there is nothing to search for it, or not for this target."""
+    if not isinstance(model, Transformer) or model.config.rope.scheme not in ("default", "longrope"):
+        said = f"a {type(model).__name__} with rope.scheme {getattr(getattr(model.config, 'rope', None), 'scheme', 'none')}"
+        raise UserError(f"{task.model} holds {said}; factors are searched for a Transformer with the scheme default or longrope")
+    rope = model.config.rope
+    original = task.original_length or rope.original_length or trained_length(task.model)
+    if original < 2:
+        raise UserError(f"--original-length is {original}; it must be 2 or more")
+    if model.config.span is not None and model.config.span <= original:
+        raise UserError(f"{task.model} sees {model.config.span} tokens back at any length, no more than the original length, {original}")
+    if task.target_length < original:
+        raise UserError(f"--target-length is {task.target_length}; it must be the original length, {original}, or more")
+    if task.short and (rope.scheme != "longrope" or task.target_length != original):
+        raise UserError(f"--short is for a model with longrope, at --target-length {original}, its original length")
+    return original
 
 
 def _check_output(output: pathlib.Path) -> None:
