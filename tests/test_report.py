@@ -325,6 +325,7 @@ def test_scores_in_numbers(tmp_path):
     questions = {"protocol": "", "mode": "teacher_forced", "size": "tokens", "place": "task", "cells": [], "by_size": [entry]}
     of_task = {"score": 40.0, "interval": [30.0, 50.0], "samples": 5, "nulls": 0, "chance": 12.5}
     ruler = {"protocol": "", "by_length": [{"length": 256, "tasks": {"vt": of_task}, "categories": {}}], "skipped": []}
+    ruler["by_depth"] = [{"length": 256, "depth": depth, "score": 50.0, "needles": 2} for depth in (0.05, 0.55)]
     tasks = {"passkey": passkey(0.5), "babilong": questions, "ruler": ruler}
     write_run(tmp_path / "a", "a", PASSKEY, tasks=tasks)
     write_run(tmp_path / "b", "b", PASSKEY, tasks={"passkey": passkey(0.25)})
@@ -337,4 +338,5 @@ def test_scores_in_numbers(tmp_path):
     assert "<h3>Passkey</h3>" in page
     assert "<td>25.0 *</td>" in page
     assert "<h3>RULER, vt</h3>" in page
+    assert "RULER&#x27;s needles by length and depth" in page
     assert "<td>40.0 <small>30 to 50</small></td>" in page

@@ -25,6 +25,7 @@ from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS
 from infinicontext.evaluation.ruler.words import Pairs, pairs
 from infinicontext.evaluation.runs import Run
 from infinicontext.inference.generate import Completion
+from infinicontext.inference.score import Scored
 
 COUNTS = {
     "whitespace": lambda text: len(text.split()),
@@ -213,6 +214,48 @@ def test_what_bytes_can_reach_is_said(monkeypatch):
     assert "of 80.00% that fit" in said[0]
 
 
+def test_needles_by_depth(monkeypatch):
+    """Who reads the second half of a prompt alone names the needles that stand there."""
+    tokenizer = Pieces()
+
+    def answers(model, rows, options):
+        seen = [tokenizer.decode(row[len(row) // 2 :]) for row in rows]
+        return [Completion(tokenizer.encode(" ".join(re.findall("[0-9]{7}", text))), "stop") for text in seen]
+
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", answers)
+    config = RulerEvaluation(tasks=("niah_single_1",), samples=20, predictions=True)
+    found = evaluate_ruler(None, tokenizer, config, [1024], segment=512)
+    scores = {cell["depth"]: cell["score"] for cell in found["by_depth"]}
+    assert len(scores) > 5
+    assert {score for depth, score in scores.items() if depth < 0.4} == {0}
+    assert {score for depth, score in scores.items() if depth > 0.6} == {100}
+    assert sum(cell["needles"] for cell in found["by_depth"]) == 20
+    assert found["by_length"][0]["tasks"]["niah_single_1"]["mean_length"] <= 1024
+    assert all(len(row["depths"]) == 1 and row["length_actual"] <= 1024 for row in found["predictions"])
+
+
+def test_teacher_forced(folder, monkeypatch):
+    """Each token of the right answer counts; of a question's right answers the first is read."""
+    tokenizer, read = Pieces(), []
+
+    def score(model, prompts, continuations, segment):
+        read.extend(tokenizer.decode(row) for row in continuations)
+        # Of the first of each batch the last token is wrong.
+        wrong = lambda row: np.arange(len(row)) == len(row) - 1
+        return [Scored(np.zeros(len(row)), row - wrong(row) * (number == 0)) for number, row in enumerate(continuations)]
+
+    monkeypatch.setattr("infinicontext.evaluation.questions.score", score)
+    config = RulerEvaluation(tasks=("niah_multivalue", "qa_1"), samples=4, folder=str(folder), splitter="regex", mode="teacher_forced")
+    found = evaluate_ruler(None, tokenizer, config, [2048], segment=512)
+    tasks = found["by_length"][0]["tasks"]
+    assert found["mode"] == "teacher_forced"
+    assert {name: tasks[name]["score"] for name in tasks} == {"niah_multivalue": 75, "qa_1": 75}
+    assert 75 < tasks["niah_multivalue"]["tokens"] < 100
+    assert "summary" not in found
+    assert "Not comparable" in found["protocol"]
+    assert [text.count(",") for text in read] == [3] * 4 + [0] * 4
+
+
 def test_a_task_whose_logits_are_no_numbers_is_left_out(monkeypatch):
     def breaks(model, rows, options):
         if max(map(len, rows)) > 1500:
@@ -331,6 +374,7 @@ def test_command(tmp_path, monkeypatch):
         ({"tasks": ("vt", "mt")}, r"evaluation\.ruler\.tasks has mt; RULER's tasks are niah_single_1"),
         ({"tasks": ()}, r"evaluation\.ruler\.tasks is empty"),
         ({"samples": 0}, r"evaluation\.ruler\.samples is 0"),
+        ({"mode": "guess"}, r"evaluation\.ruler\.mode is guess; it must be one of generate, teacher_forced"),
         ({"splitter": "dots"}, r"evaluation\.ruler\.splitter is dots"),
     ],
 )

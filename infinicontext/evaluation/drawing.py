@@ -7,6 +7,7 @@ what has several panels stacks them.
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,6 +44,17 @@ STYLE = {
     "savefig.dpi": 160,
     "text.parse_math": False,  # a run may have dollar signs in its name
 }
+
+
+class Plot(NamedTuple):
+    """One picture. `file` is its name without ".png"; `task` is the evaluation that it shows, None if it shows none."""
+
+    file: str
+    title: str
+    note: str
+    task: str | None
+    runs: list[Run]
+    figure: Figure
 
 
 def finite(points: Iterable[tuple]) -> list[tuple]:

@@ -5,10 +5,9 @@ data in the same tokens.
 """
 
 import itertools
-import math
 import textwrap
-from collections.abc import Callable, Iterable
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterable
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -24,6 +23,7 @@ from infinicontext.evaluation.drawing import (
     GRAY,
     MARKERS,
     STYLE,
+    Plot,
     finite,
     heat_maps,
     legend_below,
@@ -35,30 +35,10 @@ from infinicontext.evaluation.drawing import (
     with_points,
 )
 from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
-from infinicontext.evaluation.ruler.score import THRESHOLDS
-from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
-from infinicontext.evaluation.runs import Run
+from infinicontext.evaluation.ruler.plots import draw_ruler
+from infinicontext.evaluation.runs import Run, by_group
 
 PERPLEXITIES = {"perplexity": ("Perplexity", "context length"), "document_perplexity": ("Perplexity of documents", "length read")}
-
-
-class Plot(NamedTuple):
-    """One picture. `file` is its name without ".png"; `task` is the evaluation that it shows, None if it shows none."""
-
-    file: str
-    title: str
-    note: str
-    task: str | None
-    runs: list[Run]
-    figure: Figure
-
-
-def by_group(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
-    """Runs with equal keys together, in the order of first appearance."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return groups
 
 
 def baselines(runs: Iterable[Run]) -> dict[tuple[str, float], None]:
@@ -79,10 +59,8 @@ def draw(runs: list[Run]) -> list[Plot]:
         mapped = [run for run in runs if run.task("passkey").get("cells")]
         summarised = [run for run in runs if run.task("summarisation").get("by_length")]
         found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
-        ruled = [run for run in runs if any(entry["tasks"] for entry in run.task("ruler").get("by_length", []))]
-        found += [_ruler_map(ruled[start : start + 6]) for start in range(0, len(ruled), 6)]
         found += [
-            _ruler_by_length(runs),
+            *draw_ruler(runs),
             _passkey_by_length(runs),
             *(_summaries(group, source) for source, group in by_group(summarised, _books).items()),
         ]
@@ -235,51 +213,6 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}"))
     note = "Mean over all depths. Bars: 95% interval."
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
-
-
-def _ruler_map(runs: list[Run]) -> Plot:
-    entries = {run.name: {entry["length"]: entry["tasks"] for entry in run.task("ruler")["by_length"]} for run in runs}
-    lengths = sorted({length for by_length in entries.values() for length in by_length})
-    measured = {task for by_length in entries.values() for tasks in by_length.values() for task in tasks}
-    names = [task for task in RULER_TASKS if task in measured]
-    grids = []
-    for run in runs:
-        grids.append(np.full((len(names), len(lengths)), np.nan))
-        for length, tasks in entries[run.name].items():
-            for task, result in tasks.items():
-                grids[-1][names.index(task), lengths.index(length)] = result["score"] / 100
-    title = "RULER by task and length"
-    figure, panels = heat_maps(runs, grids, ACCURACY, "recall of the references (%)", title)
-    for axes in panels:
-        axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths] if axes is panels[-1] else [""] * len(lengths))
-    panels[-1].set_xlabel("length (tokens, those to be generated included)")
-    return Plot("ruler-map", title, "Gray: not measured.", "ruler", runs, figure)
-
-
-def _ruler_by_length(runs: list[Run]) -> Plot | None:
-    measured = {run.name: [entry for entry in run.task("ruler").get("by_length", []) if entry["tasks"]] for run in runs}
-    # The same tasks at all lengths and of all runs: some fit a length and others do not, and are harder or easier than those.
-    common = set.intersection(*(set(entry["tasks"]) for entries in measured.values() for entry in entries), set(RULER_TASKS))
-
-    def point(entry: dict) -> tuple:
-        """The mean, and its interval as of independent tasks with errors of their own."""
-        found = [entry["tasks"][task] for task in common]
-        mean = sum(result["score"] for result in found) / len(found)
-        half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in (result["interval"] for result in found))) / len(found)
-        return entry["length"], mean, mean - half, mean + half
-
-    lines = with_points((run, list(map(point, measured[run.name])) if common else []) for run in runs)
-    if not lines:
-        return None
-    title = "RULER by length"
-    figure, axes = lines_over_lengths(lines, title, "length (tokens)", "mean over tasks (%)")
-    axes.set_ylim(-4, 104)
-    note = f"Mean over the {len(common)} of {len(RULER_TASKS)} tasks that were asked at every length. Bars: 95% interval."
-    if len(common) == len(RULER_TASKS):
-        axes.axhline(THRESHOLDS["chat"], color=GRAY, linewidth=1, zorder=1)
-        note += f" Gray: {THRESHOLDS['chat']}%, Llama-2-7B's at 4K, above which a length counts as read."
-    return Plot("ruler-by-length", title, note, "ruler", [run for run, _ in lines], figure)
 
 
 def _question_map(runs: list[Run], task: str) -> Plot:

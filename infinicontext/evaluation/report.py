@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from infinicontext.errors import UserError
 from infinicontext.evaluation.labels import QUESTION_TITLES, bytes_label, count_label, length_label, perplexity
-from infinicontext.evaluation.plots import Plot, baselines, by_group, draw, write_png
+from infinicontext.evaluation.plots import Plot, baselines, draw, write_png
 from infinicontext.evaluation.ruler import published
-from infinicontext.evaluation.runs import Run, read_runs
+from infinicontext.evaluation.runs import Run, by_group, read_runs
 from infinicontext.evaluation.score_tables import html_tables
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,11 @@ def _with(lines: list[dict], key: str) -> list[dict]:
     """Lines that have the key. Of a step that was done again after a restart, the last."""
     by_step = {line["step"]: line for line in lines if line.get(key) is not None}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def by_group(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Runs with equal keys together, in the order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups

@@ -4,9 +4,8 @@ from html import escape
 from typing import NamedTuple
 
 from infinicontext.evaluation.labels import QUESTION_TITLES, length_label
-from infinicontext.evaluation.plots import by_group
 from infinicontext.evaluation.ruler.tasks import TASKS as RULER_TASKS
-from infinicontext.evaluation.runs import Run
+from infinicontext.evaluation.runs import Run, by_group
 
 
 class Score(NamedTuple):

@@ -4,15 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
-from infinicontext.evaluation.answers import Answers, Question
+from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
-from infinicontext.evaluation.questions import ask, with_start
+from infinicontext.evaluation.questions import Mode, ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
-from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS
+from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS, Needles, Questions
 from infinicontext.models.streaming import Model
 
 
@@ -23,6 +25,7 @@ class RulerEvaluation:
     tasks: tuple[str, ...] = tuple(TASKS)
     samples: int = 20
     batch_size: int = 4
+    mode: Mode = "generate"  # as the benchmark; teacher_forced: an answer counts if each token of the right one is the likeliest
     chat: str = "base"  # a name of RULER's chat templates, or a text with {task_template}
     folder: str = ""  # of essays, SQuAD and HotpotQA; empty: $INFINICONTEXT_DATA/ruler
     splitter: Splitter = "punkt"  # of essays into sentences
@@ -33,6 +36,8 @@ class RulerEvaluation:
     def __post_init__(self):
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise UserError(f"evaluation.ruler.tasks has {unknown[0]}; RULER's tasks are {', '.join(TASKS)}")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"evaluation.ruler.mode is {self.mode}; it must be one of {', '.join(get_args(Mode))}")
         if self.splitter not in get_args(Splitter):
             raise UserError(f"evaluation.ruler.splitter is {self.splitter}; it must be one of {', '.join(get_args(Splitter))}")
         for name in ("samples", "batch_size", "example_budget"):
@@ -66,17 +71,20 @@ def evaluate_ruler(
       about: what is evaluated; answers of something else are not used.
 
     Returns:
-      protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, empty answers, speed, the score of
-      the answers to other samples and, where it is not 100, the ceiling that the cut of answers leaves; means of categories, and the score
-      of the length if all tasks were scored; summary over such lengths; predictions: on request; skipped: tasks and lengths with reasons.
+      protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, the samples' mean length, speed;
+      decoded, also empty answers, the score of the answers to other samples and, where it is not 100, the ceiling that the cut of answers
+      leaves; teacher-forced, the share of tokens; means of categories, and the score of the length if all tasks were scored; by_depth: of
+      all needles that were asked for, the share that answers name, by tenth of the prompt that they stand in; summary over lengths with a
+      score, if decoded; predictions: on request; skipped: tasks and lengths with reasons.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     count = lambda text: len(tokenizer.encode(text))
-    kept = Answers(file, (about or {}) | {"tokenizer": tokenizer.fingerprint()})
-    by_length, predictions = [], []
+    kept = Answers(file, (about or {}) | {"mode": config.mode, "tokenizer": tokenizer.fingerprint()})
+    decoded = config.mode == "generate"
+    by_length, by_depth, predictions = [], [], []
     skipped = [{"length": length, "task": task, "reason": reason} for length in lengths for task, reason in loaded.missing.items()]
     for length in lengths:
-        scores = {}
+        scores, needles = {}, []
         for task in config.tasks:
             if task in loaded.missing:
                 continue
@@ -86,43 +94,36 @@ def evaluate_ruler(
             except UserError as error:
                 skipped.append({"length": length, "task": task, "reason": str(error)})
                 continue
-            questions = [
-                Question(
-                    length,
-                    task,
-                    sample.index,
-                    with_start(tokenizer, tokenizer.encode(sample.input + sample.answer_prefix)),
-                    tuple(sample.outputs),
-                    " " + ", ".join(sample.outputs),
-                    TEXTS[type(TASKS[task])].tokens,
-                )
-                for sample in samples
-            ]
+            questions = [_question(task, sample, length, tokenizer) for sample in samples]
             try:
-                speed = ask(model, tokenizer, questions, kept, mode="generate", batch_size=config.batch_size, segment=segment)
+                speed = ask(model, tokenizer, questions, kept, mode=config.mode, batch_size=config.batch_size, segment=segment)
             except UserError as error:
                 # Logits that are not finite: a model may break at one length and not at another.
                 skipped.append({"length": length, "task": task, "reason": str(error)})
                 continue
-            answers = [kept.of(question).text for question in questions]
-            scores[task] = _scored(task, samples, answers)
-            # Who guesses has seen answers of the same kind: those to the next sample.
-            shifted = [", ".join(sample.outputs) for sample in samples[1:] + samples[:1]]
-            if len(samples) > 1:
-                scores[task]["chance"] = task_score(task, shifted, [sample.outputs for sample in samples])
-            # Answers are cut off at RULER's numbers of tokens, which may be few for a tokenizer that is close to bytes.
-            longest = [tokenizer.decode(tokenizer.encode(question.continuation)[: question.new_tokens]) for question in questions]
-            if (ceiling := task_score(task, longest, [sample.outputs for sample in samples])) < 100:
-                scores[task]["ceiling"] = ceiling
+            answers = [kept.of(question) for question in questions]
+            scores[task] = _scored(task, samples, answers) if decoded else _forced(answers)
+            scores[task] |= {"samples": len(samples), "mean_length": float(np.mean([sample.length for sample in samples]))}
+            if decoded:
+                scores[task] |= _limits(task, samples, questions, tokenizer)
+            if isinstance(TASKS[task], Needles):
+                needles += [needle for sample, answer in zip(samples, answers) for needle in _needles(sample, answer.text)]
             if speed:
                 scores[task]["samples_per_second"] = speed
             predictions += [
-                {"length": length, "task": task, "index": sample.index, "answer": answer, "outputs": sample.outputs}
+                {"length": length, "task": task, "index": sample.index, "answer": answer.text, "outputs": sample.outputs}
+                | {"length_actual": sample.length, "depths": _depths(sample)}
                 for sample, answer in zip(samples, answers)
             ]
-            most = f", of {ceiling:.2f}% that fit the answer's tokens" if ceiling < 100 else ""
-            guessed = f", another sample's answers {scores[task]['chance']:.2f}%" if "chance" in scores[task] else ""
+            ceiling, chance = scores[task].get("ceiling"), scores[task].get("chance")
+            most = "" if ceiling is None else f", of {ceiling:.2f}% that fit the answer's tokens"
+            guessed = "" if chance is None else f", another sample's answers {chance:.2f}%"
             say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%{most}{guessed}, {len(samples)} samples")
+        by_depth += [
+            {"length": length, "depth": (tenth + 0.5) / 10, "score": 100 * float(np.mean(found)), "needles": len(found)}
+            for tenth in range(10)
+            if (found := [named for depth, named in needles if min(int(10 * depth), 9) == tenth])
+        ]
         values = {task: entry["score"] for task, entry in scores.items()}
         entry = {"length": length, "tasks": scores, "categories": category_means(values)}
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
@@ -130,26 +131,63 @@ def evaluate_ruler(
     strange = [f"another {name}" for name in unofficial(loaded.ids)]
     strange += ["another splitter of sentences"] if config.splitter != "punkt" else []
     strange += ["another budget of the example"] if config.example_budget != 500 else []
+    strange += [] if decoded else ["another way of scoring"]
+    how = {
+        "generate": "decoded greedily; recall of the references",
+        "teacher_forced": "teacher-forced; right answers, of which each token is the likeliest,",
+    }
     protocol = (
         f"RULER, samples as NVIDIA/RULER generates them (version {VERSION}), {config.samples} of each task, chat template {config.chat!r}, "
-        "read in one stream from an empty state, decoded greedily; recall of the references in percent, 95% intervals."
+        f"read in one stream from an empty state, {how[config.mode]} in percent, 95% intervals."
         + (f" Not comparable with published numbers: {', '.join(strange)}." if strange else "")
     )
     asked = {"predictions": predictions} if config.predictions else {}
     threshold = THRESHOLDS["base" if config.chat == "base" else "chat"]
-    added = {"summary": summary(whole, threshold) | {"threshold": threshold}} if whole else {}
-    return (
-        {"protocol": protocol, "mode": "generate", "version": VERSION, "corpora": loaded.ids, "by_length": by_length, "skipped": skipped}
-        | added
-        | asked
-    )
+    added = {"summary": summary(whole, threshold) | {"threshold": threshold}} if whole and decoded else {}
+    about = {"protocol": protocol, "mode": config.mode, "version": VERSION, "corpora": loaded.ids}
+    return about | {"by_length": by_length, "by_depth": by_depth, "skipped": skipped} | added | asked
 
 
-def _scored(task: str, samples: list[Sample], answers: list[str]) -> dict:
-    _, interval = mean_with_interval([sample_score(task, cleaned(answer), sample.outputs) for sample, answer in zip(samples, answers)])
+def _question(task: str, sample: Sample, length: int, tokenizer: Tokenizer) -> Question:
+    # Any one of the answers to a question is right, but each value or name is asked for.
+    said = sample.outputs[:1] if isinstance(TASKS[task], Questions) else sample.outputs
+    prompt = with_start(tokenizer, tokenizer.encode(sample.input + sample.answer_prefix))
+    new_tokens = TEXTS[type(TASKS[task])].tokens
+    return Question(length, task, sample.index, prompt, tuple(sample.outputs), " " + ", ".join(said), new_tokens)
+
+
+def _scored(task: str, samples: list[Sample], answers: list[Answer]) -> dict:
+    texts = [answer.text for answer in answers]
+    _, interval = mean_with_interval([sample_score(task, cleaned(text), sample.outputs) for sample, text in zip(samples, texts)])
     return {
-        "score": task_score(task, answers, [sample.outputs for sample in samples]),
-        "samples": len(samples),
+        "score": task_score(task, texts, [sample.outputs for sample in samples]),
         "interval": [100 * end for end in interval],
-        "nulls": sum(cleaned(answer) == "" for answer in answers),
+        "nulls": sum(cleaned(text) == "" for text in texts),
     }
+
+
+def _forced(answers: list[Answer]) -> dict:
+    mean, interval = mean_with_interval([float(answer.right == 1) for answer in answers])
+    return {"score": 100 * mean, "interval": [100 * end for end in interval], "tokens": 100 * float(np.mean([a.right for a in answers]))}
+
+
+def _limits(task: str, samples: list[Sample], questions: list[Question], tokenizer: Tokenizer) -> dict[str, float]:
+    """What one who guesses scores and, if it is not everything, one who knows the answers."""
+    references, found = [sample.outputs for sample in samples], {}
+    if len(samples) > 1:
+        # Who guesses has seen answers of the same kind: those to the next sample.
+        found["chance"] = task_score(task, [", ".join(outputs) for outputs in references[1:] + references[:1]], references)
+    # Answers are cut off at RULER's numbers of tokens, which may be few for a tokenizer that is close to bytes.
+    longest = [tokenizer.decode(tokenizer.encode(question.continuation)[: question.new_tokens]) for question in questions]
+    ceiling = task_score(task, longest, references)
+    return found | ({"ceiling": ceiling} if ceiling < 100 else {})
+
+
+def _depths(sample: Sample) -> list[float]:
+    """Where in the prompt the values or assignments that are asked for stand: shares of its characters."""
+    return [offset / len(sample.input) for offset in sample.offsets]
+
+
+def _needles(sample: Sample, answer: str) -> list[tuple[float, bool]]:
+    """For each needle that is asked for, its depth and whether the answer names it."""
+    return [(depth, value.lower() in cleaned(answer).lower()) for depth, value in zip(_depths(sample), sample.outputs)]
