@@ -170,7 +170,15 @@ def test_scores_by_hand(tmp_path, monkeypatch):
 
     monkeypatch.setattr(summarisation, "generate", answer)
     config = SummarisationEvaluation(batch_size=3, predictions=True)
-    result = evaluate_summaries(None, BYTES, data, config, [20, 80, 1000], segment=8, seed=0)
+    evaluate = lambda about: evaluate_summaries(None, BYTES, data, config, [20, 80, 1000], segment=8, seed=0, file=file, about=about)
+    file, counted = tmp_path / "eval.jsonl", lambda result: result["by_length"][0] | {"seconds": 0}
+    result = evaluate({"model": 1})
+    # What was written before an interruption is not written again; what another model has written is not used.
+    assert counted(evaluate({"model": 1})) == counted(result)
+    assert len(read) == 4
+    evaluate({"model": 2})
+    assert read[:4] == read[4:]
+    del read[4:]
     assert [entry["length"] for entry in result["skipped"]] == [20]
     short, long = result["by_length"]
     around = len("User: \n\nWhat happens in this book?\nAssistant:") + 1

@@ -166,7 +166,8 @@ def evaluate(
             case "recall":
                 yield task, of_all(evaluate_recall(model, data, evaluation.recall, readable, **seeded))
             case "summarisation":
-                yield task, of_all(evaluate_summaries(model, tokenizer, data, evaluation.summarisation, readable, **seeded))
+                config, more = evaluation.summarisation, seeded | files(task)
+                yield task, of_all(evaluate_summaries(model, tokenizer, data, config, readable, **more))
             case "ruler":
                 yield task, of_all(evaluate_ruler(model, tokenizer, evaluation.ruler, readable, **how, **files(task)))
             case _ if task in asked:

@@ -51,7 +51,7 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
         kinds = {
             "key_value": dataclasses.replace(own.key_value, pairs=(75, 140)),
             "babilong": dataclasses.replace(own.babilong, tasks=facts),
-            "ruler": dataclasses.replace(own.ruler, tasks=tuple(TASKS)),
+            "ruler": dataclasses.replace(own.ruler, tasks=tuple(TASKS), mode="generate"),
         }
         return [
             dataclasses.replace(own, tasks=tasks, lengths=STANDARD, asking=decoded, **kinds),
@@ -79,5 +79,5 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
         kinds["documents"] = dataclasses.replace(own.documents, counts=(10, 20, 30))
         return [dataclasses.replace(own, tasks=("key_value", "documents"), asking=dataclasses.replace(decoded, samples=500), **kinds)]
     lengths = (4096, 8192, 16384, 32768, 65536, 131072)
-    whole = dataclasses.replace(own.ruler, tasks=tuple(TASKS), samples=500, splitter="punkt", example_budget=500, seed=42)
+    whole = dataclasses.replace(own.ruler, tasks=tuple(TASKS), samples=500, mode="generate", splitter="punkt", example_budget=500, seed=42)
     return [dataclasses.replace(own, tasks=("ruler",), lengths=lengths, ruler=whole)]

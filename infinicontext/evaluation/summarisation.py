@@ -5,12 +5,14 @@ import itertools
 import time
 import unicodedata
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
 from infinicontext.data.books import BookData, encoded_books
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
+from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.inference.generate import Generation, generate
 from infinicontext.models.streaming import Model
 
@@ -49,6 +51,8 @@ def evaluate_summaries(
     segment: int,
     seed: int,
     say=lambda line: None,
+    file: Path | None = None,
+    about: dict | None = None,
 ) -> dict:
     """ROUGE at each input length.
 
@@ -61,6 +65,8 @@ def evaluate_summaries(
       segment: tokens per call while a book is read.
       seed: decides what is drawn.
       say: told of progress, a line per length.
+      file: keeps summaries, so that no batch of them is written twice after an interruption.
+      about: what is evaluated; summaries by something else are not used.
 
     Returns:
       protocol, source, tokenizer; by_length: the mean share of the books that was read, mean F1 of rouge1, rouge2 and rougeL, overall (the
@@ -90,6 +96,8 @@ def evaluate_summaries(
     )
     names = {"protocol": protocol, "source": data.source, "tokenizer": data.tokenizer}
     scorer = RougeScorer(SCORES, tokenizer=Words())
+    asked = {"seed": seed, "tokenizer": tokenizer.fingerprint(), "new_tokens": config.max_new_tokens}
+    kept = Answers(file, (about or {}) | asked | {"temperature": config.temperature, "top_p": config.top_p})
     by_length, predictions, skipped = [], [], []
     for length in lengths:
         clock = time.perf_counter()
@@ -98,7 +106,11 @@ def evaluate_summaries(
         except UserError as error:
             skipped.append({"length": length, "reason": str(error)})
             continue
-        summaries = _summaries(model, tokenizer, list(prompts), options, config.batch_size)
+        questions = [
+            Question(length, book.name, number, prompt_P, (book.summary,), book.summary, config.max_new_tokens)
+            for number, ((book, _), prompt_P) in enumerate(zip(chosen, prompts))
+        ]
+        summaries = _summaries(model, tokenizer, questions, kept, options, config.batch_size)
         scores_NS = np.array(
             [[score.fmeasure for score in scorer.score(book.summary, summary).values()] for (book, _), summary in zip(chosen, summaries)]
         )
@@ -111,8 +123,8 @@ def evaluate_summaries(
         ]
         rouge = ", ".join(f"{name} {entry[name]:.3f}" for name in (*SCORES, "overall"))
         say(f"summarisation length {length}: {rouge}; {entry['share_read']:.0%} of the books read")
-    asked = {"predictions": predictions} if config.predictions else {}
-    return names | {"by_length": by_length} | asked | {"skipped": skipped}
+    found = names | {"by_length": by_length, "skipped": skipped}
+    return found | ({"predictions": predictions} if config.predictions else {})
 
 
 class Words:
@@ -124,15 +136,19 @@ class Words:
         return "".join(sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in text).split()
 
 
-def _summaries(model: Model, tokenizer: Tokenizer, prompts: list[np.ndarray], options: Generation, batch_size: int) -> list[str]:
+def _summaries(
+    model: Model, tokenizer: Tokenizer, questions: list[Question], kept: Answers, options: Generation, batch_size: int
+) -> list[str]:
     """A text for each prompt."""
-    texts = []
-    for at in range(0, len(prompts), batch_size):
-        batch = prompts[at : at + batch_size]
+    for at in range(0, len(questions), batch_size):
+        batch = questions[at : at + batch_size]
+        if all(kept.of(question) for question in batch):
+            continue
         # A batch that is not full is filled up, so that a length is compiled once.
-        rows = generate(model, batch + batch[:1] * (batch_size - len(batch)), options, first_row=at)
-        texts += [tokenizer.decode(row.tokens).strip() for row in rows[: len(batch)]]
-    return texts
+        prompts = [question.prompt_P for question in batch + batch[:1] * (batch_size - len(batch))]
+        for question, row in zip(batch, generate(model, prompts, options, first_row=at)):
+            kept.keep(question, Answer(tokenizer.decode(row.tokens).strip()))
+    return [kept.of(question).text for question in questions]
 
 
 def mean_scores(scores_NS: np.ndarray, seed: int) -> dict:
