@@ -265,6 +265,24 @@ def test_a_ratio_of_one_is_ordinary_training(accumulation):
     assert metrics["selection"] == {}
 
 
+@pytest.mark.parametrize("kind", models.MODELS, ids=lambda kind: kind.__name__)
+def test_any_architecture(kind):
+    """The loss is the mean of those losses that exceed the reference's the most, and its gradient theirs."""
+    config = dataclasses.replace(next(iter(kind.examples().values())), vocab_size=64)
+    model, batch = models.build(config, nnx.Rngs(0)), tiny_batch()
+    losses_BT, _ = jax.jit(functools.partial(row_losses, chunk=32))(model, batch)
+    there = np.flatnonzero(batch["loss_mask"])
+    excess = (np.asarray(losses_BT) - batch["reference_loss"]).ravel()[there]
+    top = there[np.argsort(-excess)[: round(0.5 * len(there))]]
+    mean_of_top = lambda model: jnp.mean(row_losses(model, batch, chunk=32)[0].ravel()[top])
+    objective = Selective(ratio=0.5)
+    prepared = prepare(objective, batch, step=jnp.int32(0), seed=0)
+    found = jax.jit(jax.value_and_grad(lambda model: selective_loss(objective, model, prepared)[0]))(model)
+    expected = jax.jit(jax.value_and_grad(mean_of_top))(model)
+    # float32 sums in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
 def test_devices_select_the_same():
     one, eight = (trained(Selective(ratio=0.5), devices, steps=1) for devices in (1, 8))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one[0], eight[0])
