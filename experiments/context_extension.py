@@ -48,8 +48,12 @@ import pathlib
 import statistics
 import sys
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from infinicontext.data.passkey import FILLER
 from infinicontext.data.pipeline import CorpusData, PasskeyData
+from infinicontext.evaluation.drawing import COLORS, MARKERS, STYLE
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.perplexity import PerplexityEvaluation
 from infinicontext.evaluation.suite import Evaluation
@@ -201,19 +205,46 @@ def _write_filler() -> None:
     (FOLDER / "filler.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
 
 
-def _print_table() -> None:
-    """Perplexity at the length a run was stretched to and at the original one; of several seeds, mean and standard deviation."""
-    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+def _found() -> dict[tuple[int, str], list[dict[int, float]]]:
+    """By stretch and scheme: of each seed the perplexity at each length."""
+    found: dict[tuple[int, str], list[dict[int, float]]] = {}
     for path in sorted(FOLDER.glob("*tuned/base*/eval.json")):
-        _, scheme, scale, *rest = path.parent.name.split("-")
-        by_length = {row["length"]: row["perplexity"] for row in json.loads(path.read_text())["tasks"]["perplexity"]["by_length"]}
-        far = int(scale.removesuffix("x"))
-        short = min(by_length)
-        found.setdefault((far, " ".join([scheme, *rest])), []).append((by_length[far * short], by_length[short]))
+        _, scheme, stretch, *rest = path.parent.name.split("-")
+        rows = json.loads(path.read_text())["tasks"]["perplexity"]["by_length"]
+        key = int(stretch.removesuffix("x")), " ".join([scheme, *rest])
+        found.setdefault(key, []).append({row["length"]: row["perplexity"] for row in rows})
+    return found
+
+
+def _print_table() -> None:
+    """Perplexity at the length that a run was stretched to and at the original one, mean and standard deviation over seeds; exact keys; and
+    a picture."""
     spread = lambda values: f"{statistics.mean(values):8.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-    for (far, scheme), pairs in sorted(found.items()):
-        at_length, short = zip(*pairs)
-        print(f"{far:3}x {scheme:24} {spread(at_length):22} short: {spread(short):22} ({len(pairs)})")
+    for (stretch, scheme), seeds in sorted(_found().items()):
+        short = min(seeds[0])
+        far, near = ([perplexity[length] for perplexity in seeds] for length in (stretch * short, short))
+        print(f"{stretch:3}x {scheme:24} {spread(far):22} at {short}: {spread(near):22} ({len(seeds)})")
+    for path in sorted(FOLDER.glob("keys_*tuned/*/eval.json")):
+        rows = json.loads(path.read_text())["tasks"]["passkey"]["by_length"]
+        print(f"{path.parent.name:28}", *(f"{row['length']}: {100 * row['exact']:3.0f} ({100 * row['digits']:3.0f})" for row in rows))
+    with matplotlib.rc_context(STYLE):
+        _draw().savefig(FOLDER / "context_extension.png")
+
+
+def _draw() -> Figure:
+    """Perplexity by stretch, as the models are and tuned."""
+    found, figure = _found(), Figure(figsize=(6, 8), layout="constrained")
+    for axes, ending, title in zip(figure.subplots(2), ("", " tuned"), ("As the model is", "After 60 steps")):
+        for number, scheme in enumerate(SCHEMES):
+            runs = {stretch: seeds for (stretch, name), seeds in sorted(found.items()) if name == scheme + ending}
+            values = [statistics.mean(seed[stretch * min(seed)] for seed in seeds) for stretch, seeds in runs.items()]
+            style = {"color": COLORS[number], "marker": MARKERS[number]}
+            axes.plot(list(runs), values, label=scheme, **style)
+        axes.set(title=title, xlabel="times the original length", ylabel="perplexity there", xscale="log", yscale="log")
+        axes.set_xticks(SCALES, [f"{stretch}x" for stretch in SCALES])
+        axes.minorticks_off()
+        axes.legend(ncols=2)
+    return figure
 
 
 if __name__ == "__main__":
