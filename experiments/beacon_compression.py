@@ -34,7 +34,8 @@ and its window, which is as many slots as beacons leave of 4,096 tokens at ratio
   as they can. Without the attention of the first layer only the first digit is lost, without the second's 16 to 38% of a digit, without
   the third's 12 to 19%, without the fourth's nothing (32 samples of 512 tokens, answers read). A beacon's keys and values in a layer are
   made of what it has read in the layers before, so it must know in the second layer which digits it stands for, and in which order, which
-  tokens themselves find out there. A deeper backbone, which looks up later, was not tried.
+  tokens themselves find out there. But two more layers below the backbone's, which leave what passes through them as it is and let beacons
+  read twice more before, help little (the appended beacons below: validation loss after 200 steps 0.98 with them, 1.00 without).
 - Beacons behind their chunk, which read what is before them alone (append, stepwise), learn faster by the step and the second, but the same
   first: after 400 steps at ratios 4 and 8, chunks of 64 and rows of 192 the first digit is right in 94 to 100%, the others in 24 to 38%.
 - Validation loss after 300, 600, 900, 1,200, 1,500 steps: 1.38, 0.65, 0.39, 0.32, 0.31: longer training alone would not do.
