@@ -131,11 +131,11 @@ def all() -> list[Experiment]:
 
 
 def budgets() -> list[Experiment]:
-    """Ratio 0.6 for half of the steps, three seeds; ratio 1, once each, for 4/3 of them and for 10/3, a reference's cost."""
+    """Ratio 0.6 for half and 5/8 of the steps, three seeds; ratio 1, once each, for 4/3 of them and for 10/3, a reference's cost."""
     steps = selective().steps
     return [
         dataclasses.replace(selective(ratio), name=f"ratio{ratio:g}-steps{count}-seed{seed}", seed=seed, steps=count)
-        for ratio, parts in ((0.6, (1 / 2,)), (1.0, (4 / 3, 10 / 3)))
+        for ratio, parts in ((0.6, (1 / 2, 5 / 8)), (1.0, (4 / 3, 10 / 3)))
         for count in (round(part * steps) for part in parts)
         for seed in range(1 if count > steps else 3)
     ]
