@@ -139,7 +139,7 @@ def _schemes(trained: Experiment, scale: int) -> list[str]:
 
 
 def _extended(trained: Experiment, scheme: str, scale: int, tuned: bool) -> Experiment:
-    """The model of `trained` with a scheme, as it is or after 60 steps on texts of the target length."""
+    """The model of `trained` with a scheme, as it is or after 40 steps on texts of the target length."""
     length = scale * trained.train_length
     long = {"lengths": (length,), "stage_steps": ()} if isinstance(trained.data, PasskeyData) else {"length": length}
     return dataclasses.replace(
@@ -151,9 +151,9 @@ def _extended(trained: Experiment, scheme: str, scale: int, tuned: bool) -> Expe
         optimizer=OptimizerConfig(learning_rate=3e-4 if tuned else 0.0, warmup_steps=0),
         evaluation=dataclasses.replace(trained.evaluation, lengths=tuple(n for n in trained.evaluation.lengths if n <= length)),
         start_from=str(FOLDER / trained.name),
-        steps=60 if tuned else 1,
+        steps=40 if tuned else 1,
         batch_size=max(4096 // length, 1),
-        validation_every=60,
+        validation_every=40,
     )
 
 
@@ -237,7 +237,7 @@ def _print_table() -> None:
 def _draw() -> Figure:
     """Perplexity by stretch, as the models are and tuned."""
     found, figure = _found(), Figure(figsize=(6, 8), layout="constrained")
-    for axes, ending, title in zip(figure.subplots(2), ("", " tuned"), ("As the model is", "After 60 steps")):
+    for axes, ending, title in zip(figure.subplots(2), ("", " tuned"), ("As the model is", "After 40 steps")):
         for number, scheme in enumerate(SCHEMES):
             runs = {stretch: seeds for (stretch, name), seeds in sorted(found.items()) if name == scheme + ending}
             values = [statistics.mean(seed[stretch * min(seed)] for seed in seeds) for stretch, seeds in runs.items()]
