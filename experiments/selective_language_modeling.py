@@ -7,9 +7,12 @@ has seen.
 
     python experiments/selective_language_modeling.py corpora
     infinicontext train experiments/selective_language_modeling.py:reference --workdir runs/selective/reference
-    infinicontext score-tokens runs/selective/reference runs/selective/noisy.jsonl runs/selective/scores
-    infinicontext sweep experiments/selective_language_modeling.py:all --workdir runs/selective/sweep
-    infinicontext sweep experiments/selective_language_modeling.py:budgets --workdir runs/selective/sweep
+    for c in noisy noisier; do
+        infinicontext score-tokens runs/selective/reference runs/selective/$c.jsonl runs/selective/${c}_scores
+    done
+    for s in all budgets noisier; do
+        infinicontext sweep experiments/selective_language_modeling.py:$s --workdir runs/selective/sweep
+    done
     python experiments/selective_language_modeling.py table
     infinicontext compare runs/selective/sweep/* --output report/
 
@@ -72,16 +75,16 @@ from infinicontext.objectives.selective import Selective
 from infinicontext.training.optimizer import OptimizerConfig
 
 FOLDER = "runs/selective"
-NOISE = 1 / 3  # of lines
+NOISE = {"noisy": 1 / 3, "noisier": 2 / 3}  # of lines
 OFF_DOMAIN = 0.1  # of the training text's characters
 LONGEST = 20_000  # characters of a document: a long one must not decide a corpus alone
 
 
-def _spoilt(text: str, rng: np.random.Generator) -> str:
+def _spoilt(text: str, noise: float, rng: np.random.Generator) -> str:
     """The text with the letters of some lines in random order."""
     lines = text.split("\n")
     for number, line in enumerate(lines):
-        if rng.random() < NOISE:
+        if rng.random() < noise:
             lines[number] = "".join(rng.permutation(list(line)))
     return "\n".join(lines)
 
@@ -91,27 +94,29 @@ def _numbers(rng: np.random.Generator) -> str:
     return "\n".join(",".join(map(str, row)) for row in rng.integers(0, 10**6, (400, 6)))
 
 
+def _learnt(text: str) -> bool:
+    """A text's hash says whether it is held out; what falls on the wrong side is left out."""
+    return split_of(text, CorpusData.validation_fraction) == "train"
+
+
+def _noisy(code: list[str], noise: float) -> list[str]:
+    """Held-out text as it is; of the rest another quarter than the clean one, spoilt, and tables of numbers."""
+    rng = np.random.default_rng(0)
+    spoilt = [_spoilt(text, noise, rng) for number, text in enumerate(code) if number % 4 == 1 and _learnt(text)]
+    spoilt = [text for text in spoilt if _learnt(text)]
+    wanted, tables = OFF_DOMAIN / (1 - OFF_DOMAIN) * sum(map(len, spoilt)), []
+    while sum(map(len, tables)) < wanted:
+        table = _numbers(rng)
+        tables += [table] if _learnt(table) else []
+    return [text for text in code if not _learnt(text)] + spoilt + tables
+
+
 def _write_corpora(folder: pathlib.Path) -> None:
-    """Writes clean.jsonl and noisy.jsonl. A text's hash says whether it is held out, so those that fall on the wrong side are left out."""
-    rng, fraction = np.random.default_rng(0), CorpusData.validation_fraction
-    clean, noisy = [], []
-    learnt = lambda text: split_of(text, fraction) == "train"
-    code = (text[:LONGEST] for name, text in documents("python") if name.endswith(".py"))
-    for number, text in enumerate(code):
-        if not learnt(text):
-            clean.append(text)
-            noisy.append(text)
-        elif number % 4 == 0:
-            clean.append(text)
-        elif number % 4 == 1 and learnt(spoilt := _spoilt(text, rng)):
-            noisy.append(spoilt)
-    wanted = OFF_DOMAIN / (1 - OFF_DOMAIN) * sum(len(text) for text in noisy if learnt(text))
-    while wanted > 0:
-        text = _numbers(rng)
-        noisy += [text] if learnt(text) else []
-        wanted -= len(text) if learnt(text) else 0
+    """Writes clean.jsonl, noisy.jsonl and noisier.jsonl."""
+    code = [text[:LONGEST] for name, text in documents("python") if name.endswith(".py")]
+    clean = [text for number, text in enumerate(code) if number % 4 == 0 or not _learnt(text)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, texts in (("clean", clean), ("noisy", noisy)):
+    for name, texts in {"clean": clean, **{name: _noisy(code, noise) for name, noise in NOISE.items()}}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
 
 
@@ -132,10 +137,10 @@ def reference() -> Experiment:
     )
 
 
-def selective(ratio: float = 0.6) -> Experiment:
-    """Learns from the share of the spoilt corpus whose loss exceeds the reference's the most; 1: from all of it."""
+def selective(ratio: float = 0.6, corpus: str = "noisy") -> Experiment:
+    """Learns from the share of a spoilt corpus whose loss exceeds the reference's the most; 1: from all of it."""
     experiment = reference()
-    data = dataclasses.replace(experiment.data, source=f"{FOLDER}/noisy.jsonl", reference=f"{FOLDER}/scores")
+    data = dataclasses.replace(experiment.data, source=f"{FOLDER}/{corpus}.jsonl", reference=f"{FOLDER}/{corpus}_scores")
     return dataclasses.replace(experiment, name=f"ratio{ratio:g}", data=data, objective=Selective(ratio=ratio))
 
 
@@ -164,6 +169,15 @@ def budgets() -> list[Experiment]:
         for ratio, parts in ((0.6, (1 / 2, 5 / 8)), (1.0, (4 / 3, 10 / 3)))
         for count in (round(part * steps) for part in parts)
         for seed in range(1 if count > steps else 3)
+    ]
+
+
+def noisier() -> list[Experiment]:
+    """Ratios 0.4 and 1 where two thirds of the lines are spoilt; three seeds."""
+    return [
+        dataclasses.replace(selective(ratio, "noisier"), name=f"noisier-ratio{ratio:g}-seed{seed}", seed=seed)
+        for ratio in (0.4, 1.0)
+        for seed in range(3)
     ]
 
 
@@ -211,13 +225,13 @@ def _validation(name: str) -> dict[int, float]:
 
 def _print_table() -> None:
     """Final losses on clean text, mean and standard deviation over seeds; and when a run first falls to the final one of ratio 1."""
-    names = [experiment.name for experiment in all() + budgets()]
+    names = [experiment.name for experiment in all() + budgets() + noisier()]
     found: dict[str, list[dict[int, float]]] = {}
     for name in names:
         if (pathlib.Path(FOLDER) / "sweep" / name / "metrics.jsonl").exists():
             found.setdefault(name.rpartition("-")[0], []).append(_validation(name))
-    goals = [losses[max(losses)] for losses in found["ratio1"]]
     for name, runs in found.items():
+        goals = [losses[max(losses)] for losses in found["noisier-ratio1" if "noisier" in name else "ratio1"]]
         final = [losses[max(losses)] for losses in runs]
         spread = f" +- {statistics.stdev(final):.4f}" if len(final) > 1 else ""
         reached = [min((step for step in losses if losses[step] <= goal), default=None) for losses, goal in zip(runs, goals)]
