@@ -312,7 +312,7 @@ def _categories(run: Run) -> Plot:
             label = f"{kind}, {100 * found['shares'][kind]:.0f}% of tokens"
             axes.plot(found["steps"], losses, color=COLORS[number], marker=MARKERS[number], label=label)
     axes.set(title=textwrap.fill(title, 60), xlabel="training step", ylabel="loss (nats per token)")
-    axes.legend()
+    legend_below(figure, [], list(axes.lines))
     return Plot("categories", title, "Kinds as in RHO-1, section 2.1.", "categories", [run], figure)
 
 
