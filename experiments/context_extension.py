@@ -13,6 +13,10 @@ on, evaluations others.
     for s in 256 512 1024; do search base0 $s longrope2 --fitness text; done
     for a in longrope "longrope2 --fitness text"; do search base0 2048 $a --iterations 20; done
     infinicontext sweep $E:untuned --workdir $F/untuned
+    for n in 0 1 2 3 4; do for a in pi ntk yarn longrope; do
+        infinicontext eval $F/untuned/base$n-$a-8x --tasks document_perplexity --lengths 1024 \
+            --evaluation.document-perplexity.documents 64 --output $F/held_out/base$n-$a.json
+    done; done
     infinicontext sweep $E:tuned --workdir $F/tuned
     infinicontext sweep $E:mixed --workdir $F/tuned
     python $E table
@@ -51,6 +55,7 @@ import sys
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from infinicontext.data.passkey import FILLER
 from infinicontext.data.pipeline import CorpusData, PasskeyData
@@ -227,6 +232,10 @@ def _print_table() -> None:
         short = min(seeds[0])
         far, near = ([perplexity[length] for perplexity in seeds] for length in (stretch * short, short))
         print(f"{stretch:3}x {scheme:24} {spread(far):22} at {short}: {spread(near):22} ({len(seeds)})")
+    for scheme in SCHEMES:
+        files = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"held_out/base?-{scheme}.json"))]
+        if whole := [file["tasks"]["document_perplexity"]["by_length"][0]["perplexity"] for file in files]:
+            print(f"whole documents, 8x {scheme:9} {spread(whole)}", *(f"{value:.3f}" for value in whole))
     for path in sorted(FOLDER.glob("keys_*tuned/*/eval.json")):
         rows = json.loads(path.read_text())["tasks"]["passkey"]["by_length"]
         print(f"{path.parent.name:28}", *(f"{row['length']}: {100 * row['exact']:3.0f} ({100 * row['digits']:3.0f})" for row in rows))
@@ -236,17 +245,21 @@ def _print_table() -> None:
 
 def _draw() -> Figure:
     """Perplexity by stretch, as the models are and tuned."""
-    found, figure = _found(), Figure(figsize=(6, 8), layout="constrained")
-    for axes, ending, title in zip(figure.subplots(2), ("", " tuned"), ("As the model is", "After 40 steps")):
+    found = _found()
+    panels = {"": "As the model is", " tuned": "After 40 steps"}
+    drawn = [ending for ending in panels if any(name == f"yarn{ending}" for _, name in found)]
+    figure = Figure(figsize=(6, 4 * len(drawn)), layout="constrained")
+    for axes, ending in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
         for number, scheme in enumerate(SCHEMES):
             runs = {stretch: seeds for (stretch, name), seeds in sorted(found.items()) if name == scheme + ending}
             values = [statistics.mean(seed[stretch * min(seed)] for seed in seeds) for stretch, seeds in runs.items()]
-            style = {"color": COLORS[number], "marker": MARKERS[number]}
-            axes.plot(list(runs), values, label=scheme, **style)
-        axes.set(title=title, xlabel="times the original length", ylabel="perplexity there", xscale="log", yscale="log")
+            axes.plot(list(runs), values, label=scheme, color=COLORS[number], marker=MARKERS[number])
+        axes.set(title=panels[ending], xlabel="times the original length", ylabel="perplexity there", xscale="log", yscale="log")
         axes.set_xticks(SCALES, [f"{stretch}x" for stretch in SCALES])
-        axes.minorticks_off()
-        axes.legend(ncols=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
