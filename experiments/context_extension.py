@@ -204,7 +204,8 @@ def progressive() -> list[Experiment]:
 def untuned() -> list[Experiment]:
     """Each scheme at each scale; those that the search is to beat at 8 times with five seeds."""
     compared = ("pi", "ntk", "yarn", "longrope")
-    others = [_extended(base(seed), scheme, 8, False) for seed in range(1, SEEDS) for scheme in compared]
+    seeds = [base(seed) for seed in range(1, SEEDS)]
+    others = [_extended(trained, scheme, 8, False) for trained in seeds for scheme in _schemes(trained, 8) if scheme in compared]
     return _each(base(), SCALES, tuned=False) + others
 
 
