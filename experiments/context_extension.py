@@ -71,7 +71,7 @@ at 8 times pi, ntk, yarn and longrope of five seeds, the others of the first:
 - Each search's loss on the five documents that it reads (nats): 1.88, 1.86, 1.87, 1.84, 1.83 against YaRN's 1.98, 1.93, 1.97, 1.89, 1.91
   with the same attention factor.
 
-Not run: keys, and the progressive recipe.
+Not run: tuning, keys, and the progressive recipe.
 """
 
 import dataclasses
