@@ -12,7 +12,7 @@ from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.generate import Request, generate
-from infinicontext.evaluation.ruler.tasks import TASKS, CommonWords
+from infinicontext.evaluation.ruler.tasks import TASKS, continuation
 from infinicontext.evaluation.suite import Evaluation, Questions
 
 ALLOWED = (*get_args(Questions), *TASKS)
@@ -69,9 +69,7 @@ def write_questions(
             try:
                 if task in TASKS:
                     for prompt, outputs in _ruler(task, tokenizer, evaluation, size, samples, seed):
-                        response = _listed(task, outputs)
-                        # vt's prompt ends with the space itself.
-                        add(task, size, prompt, response.lstrip() if prompt.endswith(" ") else response)
+                        add(task, size, prompt, continuation(task, prompt, outputs))
                 else:
                     for question in getattr(evaluation, task).questions(tokenizer, size, samples, seed):
                         if question.place == "closed book":
@@ -104,10 +102,3 @@ def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int,
     count = lambda text: len(tokenizer.encode(text))
     request = Request(length, count, seed, config.chat, example_budget=config.example_budget)
     return [(sample.input + sample.answer_prefix, sample.outputs) for sample in generate(task, request, loaded.corpora, samples)]
-
-
-def _listed(task: str, outputs: list[str]) -> str:
-    """As an answer of RULER's is written; common words are numbered as in the example of their prompt."""
-    if isinstance(TASKS[task], CommonWords):
-        return " " + " ".join(f"{number}. {word}" for number, word in enumerate(outputs, start=1))
-    return " " + ", ".join(outputs)

@@ -14,7 +14,7 @@ from infinicontext.evaluation.questions import Mode, ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
-from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS, Needles, Questions
+from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS, Needles, continuation
 from infinicontext.models.streaming import Model
 
 
@@ -149,11 +149,9 @@ def evaluate_ruler(
 
 
 def _question(task: str, sample: Sample, length: int, tokenizer: Tokenizer) -> Question:
-    # Any one of the answers to a question is right, but each value or name is asked for.
-    said = sample.outputs[:1] if isinstance(TASKS[task], Questions) else sample.outputs
-    prompt = with_start(tokenizer, tokenizer.encode(sample.input + sample.answer_prefix))
-    new_tokens = TEXTS[type(TASKS[task])].tokens
-    return Question(length, task, sample.index, prompt, tuple(sample.outputs), " " + ", ".join(said), new_tokens)
+    text, new_tokens = sample.input + sample.answer_prefix, TEXTS[type(TASKS[task])].tokens
+    prompt, right = with_start(tokenizer, tokenizer.encode(text)), continuation(task, text, sample.outputs)
+    return Question(length, task, sample.index, prompt, tuple(sample.outputs), right, new_tokens)
 
 
 def _scored(task: str, samples: list[Sample], answers: list[Answer]) -> dict:

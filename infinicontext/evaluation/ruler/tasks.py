@@ -3,6 +3,7 @@
 The texts are the benchmark's fixed data (NVIDIA/RULER, Apache-2.0; NOTICE).
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -127,3 +128,15 @@ CHATS = {
     "meta-llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{task_template}<|eot_id|><|start_header_id|>assistant"
     "<|end_header_id|>\n\n",
 }
+
+
+def continuation(task: str, prompt: str, outputs: Sequence[str]) -> str:
+    """The right answer as it goes on from a prompt, listed as in the task's own example; of answers that are each right, the first."""
+    kind = TASKS[task]
+    if isinstance(kind, CommonWords):
+        said = " ".join(f"{number}. {word}" for number, word in enumerate(outputs, start=1))
+    elif isinstance(kind, Variables):
+        said = " ".join(outputs)
+    else:
+        said = outputs[0] if isinstance(kind, Questions) else ", ".join(outputs)
+    return said if prompt.endswith(" ") else f" {said}"
