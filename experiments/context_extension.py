@@ -53,7 +53,7 @@ candidates. Perplexity of the first 1,024 bytes of 64 held-out documents, five s
     longrope    6.506 6.147 6.377 6.216 6.150
 
 Perplexity of the last 64 of 2, 4, 8 and 16 times 128 bytes of 32 held-out documents, and of the last 64 of 128 bytes after stretching by 8;
-at 8 times pi, ntk, yarn and longrope of five seeds, the others of the first:
+at 8 times pi, ntk, yarn and longrope of five seeds, the others of the first; a stretch has documents of its own, the long enough ones:
 
                   2x        4x        8x              16x       128 bytes
     none          18.6      22.5      34.1            39.5      4.42

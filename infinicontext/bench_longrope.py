@@ -1,6 +1,7 @@
 """What scoring candidates of a search for rotary factors costs: all in one call, one call each, and compiled anew for each.
 
-Measured on 2 CPU cores (jax 0.10.2), medians of interleaved rounds, candidates per second (a time's ratio to one call's):
+Measured on 2 CPU cores (jax 0.10.2) by --batch 5 --length 1024 --rounds 3 and --batch 1 --length 256 --dim 128 --rounds 5, medians of
+interleaved rounds (of compilation a single one), candidates per second (a candidate's time beside one call's):
 
                                     D 256, 5 x 1,024 tokens   D 128, 1 x 256 tokens
     one call                        4.94 (1)                  305 (1)

@@ -21,7 +21,7 @@ from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.ruler.generate import Corpora, Request, RulerLengthError, generate
 from infinicontext.evaluation.ruler.score import category_means, cleaned, length_score, sample_score, summary, task_score
-from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS
+from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS, continuation
 from infinicontext.evaluation.ruler.words import Pairs, pairs
 from infinicontext.evaluation.runs import Run
 from infinicontext.inference.generate import Completion
@@ -213,6 +213,16 @@ def test_what_bytes_can_reach_is_said(monkeypatch):
     # Nobody is right with another sample's number.
     assert tasks["niah_single_1"]["chance"] == 0
     assert f"of {tasks['cwe']['ceiling']:.2f}% that fit" in said[1]
+
+
+def test_right_answers_are_listed_as_the_examples_are():
+    """vt's prompt ends with a space and its example has names with spaces between; cwe's example is numbered."""
+    request = Request(4096, COUNTS["wordpunct"], example_budget=1000)
+    for task, pattern in (("vt", r"[A-Z]{5}( [A-Z]{5}){4}"), ("cwe", r" 1\. \S+( \d+\. \S+){9}"), ("niah_single_1", r" \d{7}")):
+        (sample,) = generate(task, request, Corpora(), 1)
+        assert re.fullmatch(pattern, continuation(task, sample.input + sample.answer_prefix, sample.outputs)), task
+    assert continuation("niah_multivalue", "are", ["1", "2"]) == " 1, 2"
+    assert continuation("qa_1", "Answer:", ["Paris", "the city of Paris"]) == " Paris"
 
 
 def test_needles_by_depth(monkeypatch):
