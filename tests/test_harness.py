@@ -145,6 +145,30 @@ def test_chat_beside_transformers(adapters):
     assert ours.tok_encode("<s>The ferry") == ours.tok_encode("The ferry")
 
 
+def test_simple_evaluate(adapters, tmp_path, monkeypatch):
+    """The Python path on a task of a local file: choices and a short answer, the same figures from both adapters."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    rows = [{"text": text, "choices": ["noon", "night", " rain"], "gold": i % 3} for i, (text, _) in enumerate(REQUESTS) if text]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choices.yaml").write_text(
+        "task: own_choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f'    test: "{tmp_path}/choices.jsonl"\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{{{text}}}}"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
+    )
+    tasks = TaskManager(include_path=str(tmp_path))
+    options = {"tasks": ["own_choices"], "task_manager": tasks, "log_samples": True, "bootstrap_iters": 0}
+    ours, theirs = (simple_evaluate(model=model, **options) for model in adapters)
+    assert ours["results"]["own_choices"]["acc,none"] == theirs["results"]["own_choices"]["acc,none"]
+    assert ours["results"]["own_choices"]["acc_norm,none"] == theirs["results"]["own_choices"]["acc_norm,none"]
+    for a, b in zip(ours["samples"]["own_choices"], theirs["samples"]["own_choices"], strict=True):
+        assert [choice[0][0] for choice in a["resps"]] == pytest.approx([choice[0][0] for choice in b["resps"]], abs=1e-4)
+
+
 def test_command(folder, tmp_path):
     """lm_eval's own command line with our model, without a network."""
     write_tasks(tmp_path / "tasks", ByteTokenizer(), RulerEvaluation(("niah_single_1",), 2), [1536])
