@@ -34,6 +34,7 @@ from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, landmark_prompt
 from infinicontext.evaluation.questions import Asking, ask, evaluate_questions, majority, with_start
 from infinicontext.evaluation.suites import SUITES, suite
+from infinicontext.evaluation.topics import Topics
 from infinicontext.experiment_file import one_experiment
 from infinicontext.inference.generate import Completion, Generation, generate
 from infinicontext.inference.score import Scored
@@ -103,6 +104,26 @@ def test_whole_words():
     assert correct("qa8", "apple,milk", "The apple and the milk. Or football.", "What is he carrying?")
 
 
+def test_topics(tmp_path):
+    """LongEval's rule for the score, and files that are none of its records."""
+    kind = Topics(str(tmp_path), (2,))
+    write = lambda *rows: (tmp_path / "2_topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write({"prompt": "A chat.", "topics": ["The Rain in Spain", "tea"], "test_id": 0}, {"prompt": "B", "topics": ["tea"]})
+    first, _ = kind.questions(ByteTokenizer(), 2, 5, 0)
+    assert ByteTokenizer().decode(first.prompt_P) == "A chat.\n ASSISTANT: The first topic is"
+    assert (first.answers, first.continuation, first.new_tokens) == (("The Rain in Spain",), " The Rain in Spain", 50)
+    assert kind.score(first, "it was the rain in spain, and tea") == {"accuracy": 1, "f1": pytest.approx(2 * 3 / (7 + 3))}
+    assert kind.score(first, "Rain") == {"accuracy": 0, "f1": pytest.approx(0.5)}
+    assert len(kind.questions(ByteTokenizer(), 2, 1, 0)) == 1
+    for bad in ([], {"prompt": "B"}, {"prompt": "B", "topics": []}, {"prompt": 3, "topics": ["a"]}, {"prompt": "B", "topics": [" "]}):
+        write({"prompt": "A", "topics": ["tea"]}, bad)
+        with pytest.raises(UserError, match=r"2_topics\.jsonl, line 2, is no record of LongEval"):
+            kind.questions(ByteTokenizer(), 2, 5, 0)
+    write()
+    with pytest.raises(UserError, match=r"2_topics\.jsonl is empty"):
+        kind.questions(ByteTokenizer(), 2, 5, 0)
+
+
 def test_long_scores():
     assert long_score("hotpotqa", "The  big, red house", ["a big house", "house"]) == pytest.approx(2 * 2 / 5)
     assert long_score("passage_retrieval_en", "Paragraph 3 or Paragraph 7", ["Paragraph 7"]) == 0.5
@@ -142,7 +163,13 @@ def kinds(tmp_path):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "{context}\n{input} Answer:"}))
     (folder / "dataset2maxlen.json").write_text(json.dumps({"hotpotqa": 8}))
+    for count in (2, 3):
+        names = [f"the {word} of {count}" for word in ("rain", "sea", "wind")[:count]]
+        prompt = "".join(f"\n USER: I would like to discuss {name}.\n ASSISTANT: Sure. {TEXT[:90]}" for name in names)
+        row = json.dumps({"prompt": f"{prompt}\n USER: What is the first topic we have discussed?", "topics": names})
+        (folder / f"{count}_topics.jsonl").write_text(f"{row}\n{row.replace('rain', 'hail')}\n")
     return {
+        "topics": (Topics(str(folder), (2, 3)), r"like to discuss ([^.]*)\."),
         "passkey_landmark": (LandmarkPasskey(), r"The pass key is (\d+)\. Remember"),
         "passkey_beacon": (BeaconPasskey((0.0, 0.3, 0.6, 1.0)), r"The pass key is (\d+)\. Remember"),
         "needle": (Needle((0.0, 0.3, 0.6, 1.0), source), r"\n\n(The best thing .*? day\.)"),
@@ -226,7 +253,18 @@ def test_majority():
 
 @pytest.mark.parametrize(
     "task",
-    ["passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench", "infinitebench"],
+    [
+        "passkey_landmark",
+        "passkey_beacon",
+        "needle",
+        "magic_number",
+        "topics",
+        "key_value",
+        "documents",
+        "babilong",
+        "longbench",
+        "infinitebench",
+    ],
 )
 def test_who_reads_the_prompt_knows(kinds, monkeypatch, task):
     kind, pattern = kinds[task]
@@ -243,7 +281,7 @@ def test_who_reads_the_prompt_knows(kinds, monkeypatch, task):
     for entry in found["by_size"]:
         # The needle is the same sentence everywhere; a key or a number is nowhere twice.
         assert {"needle": entry["majority"] == 1}.get(task, entry["majority"] < (0.75 if task in ("babilong", "longbench") else 0.01))
-        assert entry["chance"] is None if task == "longbench" else 0 <= entry["chance"] < 0.5
+        assert entry["chance"] is None if task in ("topics", "longbench") else 0 <= entry["chance"] < 0.5
         if kind.size == "tokens" and task not in ("passkey_landmark", "babilong"):
             assert entry["prompt_tokens"] <= entry["size"]
 
@@ -566,6 +604,8 @@ def test_command(tmp_path, monkeypatch):
         (lambda: BabiLong(tasks=("qa4",)), r"evaluation\.babilong\.tasks has qa4"),
         (lambda: LongBench(data_sets=("vcsum",)), r"evaluation\.longbench\.data_sets has vcsum"),
         (lambda: InfiniteBench(data_sets=()), r"evaluation\.infinitebench\.data_sets is empty; it must be of passkey"),
+        (lambda: Topics(counts=(0,)), r"evaluation\.topics\.counts is \(0,\)"),
+        (lambda: Topics("nowhere").questions(ByteTokenizer(), 5, 1, 0), r"there is no 5_topics\.jsonl in nowhere"),
         (lambda: InfiniteBench("nowhere").questions(ByteTokenizer(), 64, 1, 0), r"there are no passkey\.jsonl, .* in nowhere"),
         (
             lambda: Documents(file="none.jsonl").questions(ByteTokenizer(), 5, 1, 0),

@@ -7,6 +7,7 @@ QUESTION_TITLES = {
     "passkey_beacon": "Passkey as in Activation Beacon",
     "needle": "Needle in a haystack",
     "magic_number": "Magic number in a book",
+    "topics": "First topic of a conversation",
     "key_value": "Key-value retrieval",
     "documents": "Questions with documents",
     "babilong": "BABILong",

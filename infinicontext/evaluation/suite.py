@@ -29,12 +29,22 @@ from infinicontext.evaluation.questions import Asking, evaluate_questions
 from infinicontext.evaluation.recall import RecallEvaluation, evaluate_recall
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
+from infinicontext.evaluation.topics import Topics
 from infinicontext.inference.norm_refresh import check_refresh
 from infinicontext.models.streaming import Model
 
 # Questions with prompts of their own (evaluation/questions.py); the field of the same name holds a kind's options.
 Questions = Literal[
-    "passkey_landmark", "passkey_beacon", "needle", "magic_number", "key_value", "documents", "babilong", "longbench", "infinitebench"
+    "passkey_landmark",
+    "passkey_beacon",
+    "needle",
+    "magic_number",
+    "topics",
+    "key_value",
+    "documents",
+    "babilong",
+    "longbench",
+    "infinitebench",
 ]
 # selection and categories are of selective language modelling (evaluation/selection.py).
 Task = Literal[
@@ -62,6 +72,7 @@ class Evaluation:
     passkey_beacon: BeaconPasskey = BeaconPasskey()
     needle: Needle = Needle()
     magic_number: MagicNumber = MagicNumber()
+    topics: Topics = Topics()
     key_value: KeyValue = KeyValue()
     documents: Documents = Documents()
     babilong: BabiLong = BabiLong()

@@ -51,7 +51,7 @@ def write_questions(
         raise UserError(f"--tasks has {unknown[0]}; it must be of {', '.join(ALLOWED)}")
     for task in tasks:
         if (
-            task in ("needle", "longbench", "infinitebench")
+            task in ("needle", "topics", "longbench", "infinitebench")
             or getattr(getattr(evaluation, task, None), "file", "")
             or _facts(evaluation, task)
         ):
