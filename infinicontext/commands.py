@@ -261,7 +261,7 @@ def run_search_rope(options: argparse.Namespace) -> None:
         options.output,
         options.data,
         None if options.original_length is None else parse_length(options.original_length),
-        *(options.documents, options.short, options.batch, options.lanes, options.segment, options.step),
+        *(options.documents, options.short, options.batch, options.lanes, options.segment, options.step, options.dtype),
     )
     enable_compilation_cache()
     search_rope(task, config, sharding.make_mesh(sharding.MeshConfig()))

@@ -41,6 +41,7 @@ class Task(NamedTuple):
     lanes: int
     segment: int
     step: int | None
+    dtype: str | None  # None: the model's
 
 
 def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
@@ -53,7 +54,7 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
       UserError: the model has no rotary factors to search, a length or the data do not fit, or a file cannot be written.
     """
     _check_output(task.output)
-    loaded = load_model(task.model, mesh, step=task.step)
+    loaded = load_model(task.model, mesh, dtype=task.dtype, step=task.step)
     model = loaded.model
     original, rope = _original_length(task, model), model.config.rope
     scale, done = task.target_length / original, 1.0
@@ -87,6 +88,7 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
         "short": task.short,
         "documents": task.documents,
         "data": corpus.fingerprint(),
+        "dtype": model.config.dtype,
         "search": to_plain(config),
     }
     with tqdm(total=config.iterations + 1, disable=not sys.stderr.isatty(), unit="iteration") as bar:

@@ -377,6 +377,9 @@ def test_commands(tmp_path, command_line):
     assert found["loss"] <= min(found["losses_of_known_factors"].values()) + 1e-6
     assert (tmp_path / "factors.png").stat().st_size > 10_000
     fails(f"{search} --iterations 2 --output factors.json --batch 8", "another search", "search")
+    run(f"{search} --iterations 0 --output half.json --batch 8 --dtype bfloat16")
+    half = json.loads((tmp_path / "half.json").read_text())["found"]["losses_of_known_factors"]["pi"]
+    assert half != found["losses_of_known_factors"]["pi"] == pytest.approx(half, rel=0.02)
     run(f"{search} --iterations 0 --target-length 160 --output two.json --algorithm longrope2 --data texts.jsonl --batch 8")
     assert load_factors(tmp_path / "two.json", 8).start_tokens == 0
 
