@@ -215,11 +215,13 @@ def _passkey_by_length(runs: list[Run]) -> Plot | None:
     return Plot("passkey-by-length", title, note, "passkey", [run for run, _ in lines], figure)
 
 
-def _question_map(runs: list[Run], task: str) -> Plot:
-    """Scores by size, and by depth, position or data set."""
+def _question_map(runs: list[Run], task: str) -> Plot | None:
+    """Scores by size, and by depth, position or data set; of one place alone, the lines by length say all."""
     cells = [cell for run in runs for cell in run.task(task)["cells"]]
     sizes = sorted({cell["size"] for cell in cells})
     names = list(dict.fromkeys(cell["place"] for cell in cells))
+    if len(names) == 1:
+        return None
     numbers = [name for name in names if not isinstance(name, str)]
     rows = [*sorted(numbers), *(name for name in names if isinstance(name, str))]
     grids = []
