@@ -10,14 +10,14 @@ r"""RULER for small models: each architecture learns the thirteen tasks at 2,048
 What a length does not hold with bytes for tokens is left out of both (the questions take more than 2,048). Meant for an accelerator, and
 not run yet.
 
-What a laptop's CPU can pay are the three tasks that need no download, by smaller models with a tokenizer of 2,048 pieces, which is trained
-on the tasks' own texts: learnt at 384 and 512 tokens, asked at up to 8,192.
+What a laptop's CPU can pay is one task, by smaller models with a tokenizer of 2,048 pieces, which is trained on the tasks' own texts:
+learnt at 384 and 512 tokens, asked at up to 8,192.
 
     E=experiments/ruler.py
-    TASKS="niah_single_1 niah_multikey_2 fwe"
-    infinicontext training-questions $E:full runs/ruler/texts.jsonl --lengths 8k --samples 40 --tasks $TASKS
+    infinicontext training-questions $E:full runs/ruler/texts.jsonl --lengths 8k --samples 40 \
+        --tasks niah_single_1 niah_multikey_2 fwe
     python $E tokenizer
-    infinicontext training-questions $E:small_full runs/ruler/small.jsonl --lengths 384 512 --samples 4000 --tasks $TASKS
+    infinicontext training-questions $E:small_full runs/ruler/small.jsonl --lengths 384 512 --samples 4000 --tasks niah_single_1
     infinicontext sweep $E:small --workdir runs/ruler/small
     infinicontext compare runs/ruler/small/* --output report/
 """
@@ -121,13 +121,13 @@ def _experiment(name: str, model: ModelConfig) -> Experiment:
 
 def _small(name: str, model: ModelConfig) -> Experiment:
     experiment = _experiment(name, model)
-    asked = RulerEvaluation(("niah_single_1", "niah_multikey_2", "fwe"), samples=20, mode="teacher_forced")
+    asked = RulerEvaluation(("niah_single_1",), samples=20, mode="teacher_forced")
     return dataclasses.replace(
         experiment,
         data=dataclasses.replace(experiment.data, source=f"{FOLDER}/small.jsonl", tokenizer=f"{FOLDER}/tokenizer.json", length=560),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, warmup_steps=100),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, warmup_steps=50),
         evaluation=Evaluation(tasks=("ruler",), lengths=(512, 1024, 2048, 4096, 8192), capacity=9000, ruler=asked),
-        steps=600,
+        steps=400,
         batch_size=16,
         validation_every=100,
         checkpoint_every=100,

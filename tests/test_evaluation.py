@@ -297,6 +297,17 @@ def test_a_constant_model_scores_0():
     assert 0.05 < result["by_length"][0]["digits"] < 0.2
 
 
+def test_logits_that_are_no_numbers_are_no_score():
+    @jax.tree_util.register_static
+    class Broken(Constant):
+        def logits(self, hidden_BTD):
+            return super().logits(hidden_BTD) * jnp.nan
+
+    result = passkey(Broken("passkey", 1, DIGITS), "passkey", [130])
+    assert (result["cells"], result["by_length"]) == ([], [])
+    assert "not finite" in result["skipped"][0]["reason"]
+
+
 def test_the_batch_size_changes_nothing():
     """Twelve samples one by one, in batches of 7 of which the last is filled up, and in one batch; by a model that is right by chance."""
     model = Constant("passkey", 1, DIGITS)

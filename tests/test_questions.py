@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from infinicontext import cli, models
 from infinicontext.data.instructions import InstructionData, load_conversations
 from infinicontext.data.recall import RecallData
-from infinicontext.data.tokenizers import ByteTokenizer
+from infinicontext.data.tokenizers import ByteTokenizer, JsonTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.babilong import BabiLong, background, correct, own_story, scattered, stories, texts
@@ -90,7 +95,9 @@ def test_golden_scores(golden):
 
 @pytest.mark.golden
 def test_golden_babilong_prompts(golden):
-    found = json.loads((golden / "ruler" / "babilong_prompts.json").read_text())
+    if not (path := golden / "ruler" / "babilong_prompts.json").is_file():
+        pytest.skip("these texts are in the public set alone")
+    found = json.loads(path.read_text())
     assert texts()["prompts"] == found["prompts"]
     assert texts()["labels"] == found["labels"]
     assert texts()["template"] == found["template"]
@@ -355,6 +362,24 @@ def test_tokenizers_that_begin_with_a_space(kinds, monkeypatch):
     assert kept.of(question).right == 1
 
 
+def test_an_answer_that_begins_without_a_space_is_whole(monkeypatch):
+    """As RULER's vt has it, by a tokenizer whose pieces join letters to what stands before them."""
+    library = LibraryTokenizer(BPE())
+    library.pre_tokenizer, library.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    library.train_from_iterator(["xFFABC xFFABC: FFABC"] * 9, BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet()))
+    tokenizer, forced = JsonTokenizer(library, "pieces"), []
+
+    def score(model, prompts, continuations, segment):
+        forced.extend(continuations)
+        return [Scored(np.zeros(len(row)), np.asarray(row)) for row in continuations]
+
+    monkeypatch.setattr("infinicontext.evaluation.questions.score", score)
+    for continuation in ("FFABC QWERT", " FFABC"):
+        question = Question(3, 0.5, 0, tokenizer.encode("they are: "), ("FFABC",), continuation, 4)
+        ask(None, tokenizer, [question], Answers(None, {}), mode="teacher_forced", batch_size=1, segment=8)
+        assert tokenizer.decode(forced[-1]) == continuation
+
+
 @pytest.mark.parametrize("task", ["passkey_beacon", "needle", "magic_number", "longbench"])
 def test_lengths_are_exact(kinds, task):
     kind, _ = kinds[task]
@@ -461,6 +486,9 @@ def test_questions_alone_in_batches_and_forced(config, tmp_path):
         assert [forced.of(question).right for question in questions] == [1] * 4
         assert forced.of(wrong).right == pytest.approx(5 / 6)
     assert ask(model, Numbers, questions, kept, mode="generate", batch_size=2, segment=8) is None
+    broken = jax.tree.map(lambda x: x * np.nan, model)
+    with pytest.raises(UserError, match="logits are not finite"):
+        ask(broken, Numbers, questions, Answers(None, {}), mode="teacher_forced", batch_size=1, segment=8)
 
 
 def test_texts_that_are_broken(tmp_path, kinds):

@@ -90,6 +90,18 @@ def test_who_remembers_has_all_points():
     assert found["by_size"][0]["score"] < 0.3
 
 
+class Broken(Lookup):
+    def logits(self, hidden_BT):
+        return super().logits(hidden_BT).at[..., 3].set(jnp.nan)
+
+
+def test_logits_that_are_no_numbers_are_no_score():
+    data = RecallData(vocab_size=64, length=32, pairs=(2,))
+    found = evaluate_recall(Broken(), data, RecallEvaluation(samples=3), [32], segment=64, seed=0)
+    assert (found["cells"], found["by_size"]) == ([], [])
+    assert "not finite" in found["skipped"][0]["reason"]
+
+
 EXPERIMENTS = """
 from infinicontext.data.recall import RecallData
 from infinicontext.evaluation.recall import RecallEvaluation
@@ -124,7 +136,7 @@ def test_command(tmp_path, monkeypatch):
     assert entry["score"] > 0.2  # of 16 values any would be right in one of 16
     assert found["skipped"] == [{"length": 64, "reason": "the state grows with length and evaluation.capacity is 32"}]
     run("compare", "run", "--output", "report")
-    assert (tmp_path / "report" / "recall-map.png").is_file()
+    assert (tmp_path / "report" / "recall-by-length.png").is_file()
     with pytest.raises(SystemExit):
         run("eval", "run", "--tasks", "passkey")
 

@@ -24,6 +24,8 @@ from infinicontext.evaluation.ruler.score import category_means, cleaned, length
 from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS, continuation
 from infinicontext.evaluation.ruler.words import Pairs, pairs
 from infinicontext.evaluation.runs import Run
+from infinicontext.evaluation.suite import Evaluation
+from infinicontext.evaluation.training_questions import write_questions
 from infinicontext.inference.generate import Completion
 from infinicontext.inference.score import Scored
 
@@ -126,6 +128,29 @@ def test_texts_that_do_not_fit(task, golden):
     """Where the official scripts go on for ever."""
     with pytest.raises(RulerLengthError, match=f"RULER's {task} does not fit"):
         generate(task, Request(150, COUNTS["wordpunct"]), corpora(golden), 1)
+
+
+@pytest.mark.parametrize("length", [3185, 2915])
+def test_sizes_too_small_to_draw(length):
+    """A text that shrinks below the lines that its assignments need does not fit, and says so."""
+    with pytest.raises(RulerLengthError, match=f"RULER's vt does not fit {length} tokens"):
+        generate("vt", Request(length, len, example_budget=2000), Corpora(), 3)
+
+
+def test_training_asks_other_questions(golden, tmp_path, monkeypatch):
+    """qa reads its questions from a file, whatever the seed; those that the benchmark asks are left to it."""
+    data = json.loads((golden / "ruler" / "mini_squad.json").read_text())
+    request = Request(4000, lambda text: len(text.split()))
+    first, later = (generate("qa_1", dataclasses.replace(request, first=n), Corpora(squad=data), 3) for n in (0, 3))
+    assert not {sample.input for sample in first} & {sample.input for sample in later}
+    everything = generate("qa_1", request, Corpora(squad=data), 6)
+    assert [sample.outputs for sample in everything] == [sample.outputs for sample in first + later]
+    (tmp_path / "squad.json").write_text(json.dumps(data))
+    said = []
+    evaluation = Evaluation(ruler=RulerEvaluation(folder=str(tmp_path)))
+    with pytest.raises(UserError, match="none of qa_1 could be made"):
+        write_questions(tmp_path / "out.jsonl", ByteTokenizer(), evaluation, ["qa_1"], [16384], 2, 1, said.append)
+    assert "questions, not 2 after the first 500" in said[0]
 
 
 def test_what_is_missing():

@@ -18,6 +18,7 @@ from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
+from infinicontext.inference.generate import NOT_FINITE
 from infinicontext.models.streaming import Model, read
 
 PROTOCOL = (
@@ -56,7 +57,7 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
       segment: tokens per call while the prompt is read.
 
     Returns:
-      answer_BA, int32.
+      answer_BA, int32; -1 where logits are not finite.
     """
     B, P = prompt_BP.shape
     _, state = read(model, prompt_BP[:, :-1], model.init_state(B, capacity=P + answer_length - 1), segment=segment)
@@ -64,7 +65,8 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
     def decode(carry, _):
         token_B, state = carry
         hidden_B1D, state = model.hidden(token_B[:, None], state)
-        token_B = jnp.argmax(model.logits(hidden_B1D)[:, 0], axis=-1).astype(jnp.int32)
+        logits_BV = model.logits(hidden_B1D)[:, 0]
+        token_B = jnp.where(jnp.isfinite(logits_BV).all(axis=-1), jnp.argmax(logits_BV, axis=-1), -1).astype(jnp.int32)
         return (token_B, state), token_B
 
     _, answer_AB = jax.lax.scan(decode, (prompt_BP[:, -1], state), length=answer_length)
@@ -118,6 +120,8 @@ def evaluate_passkey(
                     clock = time.perf_counter()
                     answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(todo)]
                     seconds += time.perf_counter() - clock
+                    if (answer_BA < 0).any():
+                        raise UserError(NOT_FINITE)
                     tokens += prompt_BP.size
                     for (question, key_A), answer_A in zip(todo, answer_BA):
                         kept.keep(question, Answer(tokenizer.decode(answer_A), float(np.mean(answer_A == key_A))))

@@ -131,9 +131,9 @@ def _batches(questions: list[Question], batch_size: int) -> Iterator[list[Questi
 
 def _forced(model: Model, tokenizer: Tokenizer, questions: list[Question], segment: int) -> list[Answer]:
     """The likeliest tokens where the right ones are read."""
-    # As tokens after some text: at the beginning of one, tokenizers may write a space of their own.
-    before = len(tokenizer.encode("x"))
-    right = [tokenizer.encode(f"x{question.continuation}")[before:] for question in questions]
+    # As tokens after some text: at the beginning of one, tokenizers may write a space of their own. No word begins with the line's end.
+    before = len(tokenizer.encode("\n"))
+    right = [tokenizer.encode(f"\n{question.continuation}")[before:] for question in questions]
     found = score(model, [question.prompt_P for question in questions], right, segment=segment)
     said = [scored.likeliest_A for scored in found]
     return [Answer(tokenizer.decode(said_A), float(np.mean(said_A == right_A))) for said_A, right_A in zip(said, right)]

@@ -12,6 +12,7 @@ import numpy as np
 from infinicontext.data.recall import NO_LABEL, RecallData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.intervals import mean_with_interval
+from infinicontext.inference.generate import NOT_FINITE
 from infinicontext.models.streaming import Model, read
 
 
@@ -47,7 +48,7 @@ def evaluate_recall(
       A result of the form of evaluation/questions.py: size is the length, place the number of pairs, score the share of queries whose
       value is the likeliest token, whole the share of examples without an error; intervals are over examples.
     """
-    run = jax.jit(lambda model, inputs_NL, labels_NL: _right(model, inputs_NL, labels_NL, segment))
+    run = jax.jit(lambda model, inputs_NL: _likeliest(model, inputs_NL, segment))
     cells, by_size, skipped = [], [], []
     for length in lengths:
         found = []
@@ -57,13 +58,18 @@ def evaluate_recall(
             except UserError as error:
                 skipped.append({"size": length, "reason": str(error)})
                 continue
-            right = []
+            said = []
             for at in range(0, config.samples, config.batch_size):
                 # A batch that is not full is filled up, so that a length is compiled once.
                 rows = np.arange(at, at + config.batch_size) % config.samples
-                right.append(np.asarray(run(model, inputs_NL[rows], labels_NL[rows])))
+                said.append(np.asarray(run(model, inputs_NL[rows])))
             asked_NL = labels_NL != NO_LABEL
-            shares_N = (np.concatenate(right)[: config.samples] & asked_NL).sum(axis=1) / asked_NL.sum(axis=1)
+            said_NL = np.concatenate(said)[: config.samples]
+            if (said_NL < 0).any():
+                skipped.append({"size": length, "reason": NOT_FINITE})
+                say(f"recall length {length}: left out, {NOT_FINITE}")
+                continue
+            shares_N = ((said_NL == labels_NL) & asked_NL).sum(axis=1) / asked_NL.sum(axis=1)
             found.append((pairs, shares_N))
             cells.append({"size": length, "place": pairs} | _summary(shares_N))
         if found:
@@ -79,10 +85,14 @@ def evaluate_recall(
     return {"protocol": protocol, **about, "cells": cells, "by_size": by_size, "skipped": skipped}
 
 
-def _right(model: Model, inputs_NL: jax.Array, labels_NL: jax.Array, segment: int) -> jax.Array:
-    """Whether each label is the likeliest token, bool_NL."""
-    visit = lambda model, hidden_NTD, labels_NT: jnp.argmax(model.logits(hidden_NTD), axis=-1) == labels_NT
-    return read(model, inputs_NL, model.init_state(*inputs_NL.shape), segment=segment, visit=visit, extra=labels_NL)[0]
+def _likeliest(model: Model, inputs_NL: jax.Array, segment: int) -> jax.Array:
+    """What the model says after each token, int32_NL; -1 where logits are not finite."""
+
+    def visit(model, hidden_NTD, _):
+        logits_NTV = model.logits(hidden_NTD)
+        return jnp.where(jnp.isfinite(logits_NTV).all(axis=-1), jnp.argmax(logits_NTV, axis=-1), -1).astype(jnp.int32)
+
+    return read(model, inputs_NL, model.init_state(*inputs_NL.shape), segment=segment, visit=visit)[0]
 
 
 def _summary(shares_N: np.ndarray) -> dict:

@@ -75,9 +75,12 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
             dataclasses.replace(own, tasks=("needle",), lengths=lengths(10), needle=needle, asking=decoded),
         ]
     if name == "paper:lost_in_the_middle":
-        kinds = {"key_value": dataclasses.replace(own.key_value, pairs=(75, 140, 300))}
-        kinds["documents"] = dataclasses.replace(own.documents, counts=(10, 20, 30))
-        return [dataclasses.replace(own, tasks=("key_value", "documents"), asking=dataclasses.replace(decoded, samples=500), **kinds)]
+        pairs, documents = dataclasses.replace(own.key_value, pairs=(75, 140, 300)), dataclasses.replace(own.documents, counts=(10, 20, 30))
+        often = lambda samples: dataclasses.replace(decoded, samples=samples)
+        return [
+            dataclasses.replace(own, tasks=("key_value",), asking=often(500), key_value=pairs),
+            dataclasses.replace(own, tasks=("documents",), asking=often(2655 if own.documents.file else 500), documents=documents),
+        ]
     lengths = (4096, 8192, 16384, 32768, 65536, 131072)
     whole = dataclasses.replace(own.ruler, tasks=tuple(TASKS), samples=500, mode="generate", splitter="punkt", example_budget=500, seed=42)
     return [dataclasses.replace(own, tasks=("ruler",), lengths=lengths, ruler=whole)]

@@ -16,6 +16,7 @@ from infinicontext.evaluation.ruler.tasks import TASKS, continuation
 from infinicontext.evaluation.suite import Evaluation, Questions
 
 ALLOWED = (*get_args(Questions), *TASKS)
+OFFICIAL_SAMPLES = 500  # of each of RULER's tasks
 SUITE_SEEDS = (42, 123)  # of the papers' settings (evaluation/suites.py)
 
 
@@ -100,5 +101,7 @@ def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int,
     if task in loaded.missing:
         raise UserError(loaded.missing[task])
     count = lambda text: len(tokenizer.encode(text))
-    request = Request(length, count, seed, config.chat, example_budget=config.example_budget)
+    # The questions of qa are those of a file, of which an evaluation asks the first.
+    first = max(OFFICIAL_SAMPLES, config.samples)
+    request = Request(length, count, seed, config.chat, example_budget=config.example_budget, first=first)
     return [(sample.input + sample.answer_prefix, sample.outputs) for sample in generate(task, request, loaded.corpora, samples)]

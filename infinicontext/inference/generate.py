@@ -16,6 +16,7 @@ import numpy as np
 from infinicontext.errors import UserError
 from infinicontext.models.streaming import Model
 
+NOT_FINITE = "the model's logits are not finite; its weights are damaged, or were not trained at this dtype"
 RopePolicy = Literal["planned", "hf", "short", "long"]
 _ANY = -2  # in a stop sequence: matches every token
 _NOTHING = -1  # in the output: no token
@@ -127,7 +128,7 @@ def stream(
         while step < until and not np.asarray(carry.done_B).all():
             carry = _decode(model, carry, jnp.int32(min(step + burst, until)), sampling, stop_JS, **how)
             if not carry.finite:
-                raise UserError("the model's logits are not finite; its weights are damaged, or were not trained at this dtype")
+                raise UserError(NOT_FINITE)
             step, done_B, out_BN = int(carry.step), np.asarray(carry.done_B), np.asarray(carry.out_BN)
             rows = [row[S : S + step][row[S : S + step] != _NOTHING] for row in out_BN]
             last = step == total or done_B.all()

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infinicontext.inference.generate import read_prompts
+from infinicontext.errors import UserError
+from infinicontext.inference.generate import NOT_FINITE, read_prompts
 from infinicontext.models.streaming import Model
 
 _CHUNK = 64  # tokens of continuations per call: bounds the logits
@@ -31,6 +32,9 @@ def score(model: Model, prompts: Sequence[Sequence[int]], continuations: Sequenc
       prompts: ids, one or more each.
       continuations: ids, one or more each.
       segment: tokens per call while prompts are read.
+
+    Raises:
+      UserError: a log probability is no finite number.
     """
     prompts = [np.asarray(prompt_P, np.int32) for prompt_P in prompts]
     rows = [np.asarray(row_A, np.int32) for row_A in continuations]
@@ -49,7 +53,10 @@ def score(model: Model, prompts: Sequence[Sequence[int]], continuations: Sequenc
         *scores, state = _score_chunk(model, tokens_BC, targets_BC, present_BC, state)
         found.append([np.asarray(array) for array in scores])
     log_probability_BA, likeliest_BA = (np.concatenate(arrays, axis=1) for arrays in zip(*found))
-    return [Scored(log_probability_BA[b, : len(row_A)], likeliest_BA[b, : len(row_A)]) for b, row_A in enumerate(rows)]
+    scored = [Scored(log_probability_BA[b, : len(row_A)], likeliest_BA[b, : len(row_A)]) for b, row_A in enumerate(rows)]
+    if not all(np.isfinite(row.log_probability_A).all() for row in scored):
+        raise UserError(NOT_FINITE)
+    return scored
 
 
 @jax.jit

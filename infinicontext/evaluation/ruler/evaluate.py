@@ -83,6 +83,8 @@ def evaluate_ruler(
     decoded = config.mode == "generate"
     by_length, by_depth, predictions = [], [], []
     skipped = [{"length": length, "task": task, "reason": reason} for length in lengths for task, reason in loaded.missing.items()]
+    for task, reason in loaded.missing.items():
+        say(f"ruler {task}: left out, {reason}")
     for length in lengths:
         scores, needles = {}, []
         for task in config.tasks:
@@ -93,6 +95,7 @@ def evaluate_ruler(
                 samples = generate(task, request, loaded.corpora, config.samples)
             except UserError as error:
                 skipped.append({"length": length, "task": task, "reason": str(error)})
+                say(f"ruler {task} length {length}: left out, {error}")
                 continue
             questions = [_question(task, sample, length, tokenizer) for sample in samples]
             try:
@@ -100,6 +103,7 @@ def evaluate_ruler(
             except UserError as error:
                 # Logits that are not finite: a model may break at one length and not at another.
                 skipped.append({"length": length, "task": task, "reason": str(error)})
+                say(f"ruler {task} length {length}: left out, {error}")
                 continue
             answers = [kept.of(question) for question in questions]
             scores[task] = _scored(task, samples, answers) if decoded else _forced(answers)

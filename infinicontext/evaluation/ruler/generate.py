@@ -64,6 +64,7 @@ class Request:
     chat: str = "base"  # a name of CHATS, or a text with {task_template}
     template_tokens: int = 0  # taken off the length for a chat template that the texts do not have
     example_budget: int = 500  # tokens of vt's example; tokenizers that are close to bytes need 2,000
+    first: int = 0  # qa: which of the data set's questions is the first sample's
 
 
 class Sample(NamedTuple):
@@ -118,6 +119,7 @@ class _Family:
 
     step: int  # between sizes
     probe: int  # the size whose tokens are counted first
+    least = 1  # the smallest size that can be drawn
     draw: Callable[..., Drawn]  # (size, index of the sample) -> a text of this size, drawn anew each time
 
     def __init__(self, task: str, parameters: Parameters, request: Request, corpora: Corpora):
@@ -165,6 +167,8 @@ class _Family:
             if length <= budget:
                 return drawn
             size = size - step if size > step else size
+            if size < self.least:
+                break
         raise RulerLengthError(f"RULER's {self.task} does not fit {budget} tokens with this tokenizer: its shortest text needs {length}")
 
     def weave(self, sentences: list[str], inserts: list[str]) -> str:
@@ -183,6 +187,8 @@ class _Needles(_Family):
             raise UserError(f"RULER's {self.task} needs essays and a splitter of sentences")
         self.step = self.probe = 500 if essay else 5 if self.request.length < 4096 else 25
         self.words = re.sub(r"\s+", " ", self.corpora.essay).split(" ") if essay else []
+        # Needles stand in lines of their own, each in another place.
+        self.least = 1 if essay else max(self.parameters.key_count, self.parameters.query_count) * self.parameters.value_count
 
     def value(self, kind: str) -> str:
         """A key or a value."""
@@ -228,6 +234,10 @@ class _Needles(_Family):
 
 
 class _Variables(_Family):
+    def prepare(self) -> None:
+        # Each assignment of a chain stands in another place.
+        self.least = self.parameters.hops + 1
+
     def draw_all(self, samples: int) -> list[Drawn]:
         """The samples, each with an example whose names are drawn anew."""
         budget = self.request.example_budget - self.request.template_tokens
@@ -371,13 +381,14 @@ class _Questions(_Family):
             raise UserError(f"RULER's {self.task}: the file of {self.parameters.dataset} has another form: {error!r}") from error
 
     def draw_all(self, samples: int) -> list[Drawn]:
-        if samples > len(self.items):
-            raise UserError(f"RULER's {self.task} has {len(self.items)} questions, not {samples}")
+        if self.request.first + samples > len(self.items):
+            after = f" after the first {self.request.first}" if self.request.first else ""
+            raise UserError(f"RULER's {self.task} has {len(self.items)} questions, not {samples}{after}")
         return super().draw_all(samples)
 
     def draw(self, size: int, index: int = 0) -> Drawn:
         """So many documents, those that answer the question among them."""
-        item = self.items[index]
+        item = self.items[self.request.first + index]
         if size >= len(self.documents):
             chosen = (self.documents * math.ceil(size / len(self.documents)))[:size]
         else:

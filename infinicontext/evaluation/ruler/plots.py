@@ -6,7 +6,6 @@ import numpy as np
 
 from infinicontext.evaluation.drawing import ACCURACY, GRAY, Plot, heat_maps, lines_over_lengths, with_points
 from infinicontext.evaluation.labels import length_label
-from infinicontext.evaluation.ruler.score import THRESHOLDS
 from infinicontext.evaluation.ruler.tasks import TASKS
 from infinicontext.evaluation.runs import Run, by_group
 
@@ -62,9 +61,11 @@ def _by_length(runs: list[Run]) -> Plot | None:
     figure, axes = lines_over_lengths(lines, title, "length (tokens)", "mean over tasks (%)")
     axes.set_ylim(-4, 104)
     note = f"Mean over the {len(common)} of {len(TASKS)} tasks that were asked at every length. Bars: 95% interval."
-    if len(common) == len(TASKS):
-        axes.axhline(THRESHOLDS["chat"], color=GRAY, linewidth=1, zorder=1)
-        note += f" Gray: {THRESHOLDS['chat']}%, Llama-2-7B's at 4K, above which a length counts as read."
+    if thresholds := sorted({run.task("ruler")["summary"]["threshold"] for run, _ in lines if "summary" in run.task("ruler")}):
+        for threshold in thresholds:
+            axes.axhline(threshold, color=GRAY, linewidth=1, zorder=1)
+        said = " and ".join(f"{threshold}%" for threshold in thresholds)
+        note += f" Gray: {said}, Llama-2-7B's at 4K, above which a length counts as read."
     return Plot("ruler-by-length", title, note, "ruler", [run for run, _ in lines], figure)
 
 
