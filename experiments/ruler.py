@@ -127,7 +127,7 @@ def _small(name: str, model: ModelConfig) -> Experiment:
         data=dataclasses.replace(experiment.data, source=f"{FOLDER}/small.jsonl", tokenizer=f"{FOLDER}/tokenizer.json", length=560),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, warmup_steps=50),
         evaluation=Evaluation(tasks=("ruler",), lengths=(512, 1024, 2048, 4096, 8192), capacity=9000, ruler=asked),
-        steps=400,
+        steps=1200,
         batch_size=16,
         validation_every=100,
         checkpoint_every=100,

@@ -218,6 +218,9 @@ def make_parser() -> Parser:
     command.add_argument("--short", action="store_true", help="the factors for texts up to the original length, of a model with longrope")
     command.add_argument("--batch", type=int, default=32, help="candidates of a call")
     command.add_argument("--lanes", type=int, default=1, help="candidates that a device reads side by side")
+    command.add_argument(
+        "--together", type=int, help="documents that a candidate reads side by side; default: all, 1 takes the least memory"
+    )
     command.add_argument("--segment", type=int, default=4096, help="tokens per call of the model")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation; default: the model's")
     command.add_argument("--step", type=int, help="a run's checkpoint; default: the newest")

@@ -252,16 +252,18 @@ def run_search_rope(options: argparse.Namespace) -> None:
     if options.documents is None:
         # As many as the papers'.
         options.documents = 10 if config.algorithm == "longrope2" else 5
-    for name in ("documents", "batch", "lanes", "segment"):
-        if getattr(options, name) < 1:
+    for name in ("documents", "batch", "lanes", "segment", "together"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    if options.together and options.documents % options.together:
+        raise UserError(f"--together is {options.together}; it must divide --documents, {options.documents}")
     task = Task(
         pathlib.Path(options.folder),
         parse_length(options.target_length),
         options.output,
         options.data,
         None if options.original_length is None else parse_length(options.original_length),
-        *(options.documents, options.short, options.batch, options.lanes, options.segment, options.step, options.dtype),
+        *(options.documents, options.short, options.batch, options.lanes, options.together, options.segment, options.step, options.dtype),
     )
     enable_compilation_cache()
     search_rope(task, config, sharding.make_mesh(sharding.MeshConfig()))

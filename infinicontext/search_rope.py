@@ -1,7 +1,6 @@
 """infinicontext search-rope: factors for a model, searched on documents of the target length, written with their history and a picture."""
 
 import dataclasses
-import math
 import os
 import pathlib
 import sys
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from infinicontext.data.corpora import Corpus, load_corpus
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.errors import UserError
+from infinicontext.evaluation.labels import perplexity
 from infinicontext.experiment import to_plain
 from infinicontext.longrope.factors import known_factors, magnitude, save_factors
 from infinicontext.longrope.score import Documents, Scorer, first_tokens, needles
@@ -39,6 +39,7 @@ class Task(NamedTuple):
     short: bool  # factors for texts up to the original length
     batch: int
     lanes: int
+    together: int | None  # documents; None: all
     segment: int
     step: int | None
     dtype: str | None  # None: the model's
@@ -59,7 +60,8 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     original, rope = _original_length(task, model), model.config.rope
     scale, done = task.target_length / original, 1.0
     if task.short:
-        config = dataclasses.replace(config, start_tokens=(0,))
+        # Phi-3's reach 3.05.
+        config = dataclasses.replace(config, start_tokens=(0,), largest=config.largest or 4.0)
         found = dataclasses.replace(rope, long_factors=rope.short_factors or (1.0,) * len(rope.long_factors))
         factor = rope_table(rope, model.config.head_size, original).attention_factor
     else:
@@ -77,7 +79,9 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     choose = needles if needle else first_tokens
     extra = (loaded.tokenizer,) if choose is needles else ()
     documents: Documents = choose(corpus, *extra, task.target_length, task.documents, config.seed)
-    score = Scorer(model, documents, rope, factor, mesh=mesh, batch=task.batch, lanes=task.lanes, segment=task.segment)
+    score = Scorer(
+        model, documents, rope, factor, mesh=mesh, batch=task.batch, lanes=task.lanes, together=task.together, segment=task.segment
+    )
 
     about = {
         "model": str(task.model),
@@ -95,7 +99,7 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
 
         def say(progress: Progress) -> None:
             bar.update(progress.iteration + 1 - bar.n)
-            bar.set_postfix_str(f"best {math.exp(progress.ranked[0][0]):.4g}")
+            bar.set_postfix_str(f"best {perplexity(progress.ranked[0][0]):.4g}")
             if bar.disable:
                 last = progress.history[-1]
                 line = f"iteration {last['iteration']}/{config.iterations} best {last['loss']:.5f} nats, {last['scored']} scored"
@@ -128,6 +132,9 @@ def search_rope(task: Task, config: SearchConfig, mesh: Mesh) -> RopeConfig:
     # In a second search those of what is still missing, on top of what the model has.
     has = np.array(found.long_factors or (1.0,))
     compared = {name: has * known_factors(name, plain, model.config.head_size, scale / done, original) for name in BASELINES}
+    if task.short:
+        # What the model would read short texts by if it had no factors of their own.
+        compared["long"] = np.array(rope.long_factors)
     losses = dict(zip(compared, score(np.stack(list(compared.values())), np.zeros(len(compared), np.int32)).tolist()))
     save_factors(task.output, result, about | {"loss": loss, "losses_of_known_factors": losses, "scored": progress.history[-1]["scored"]})
     draw(task.output.with_suffix(".png"), progress, compared, losses, factors, scale)
@@ -143,6 +150,8 @@ def _original_length(task: Task, model: Model) -> int:
         said = f"a {type(model).__name__} with rope.scheme {getattr(getattr(model.config, 'rope', None), 'scheme', 'none')}"
         raise UserError(f"{task.model} holds {said}; factors are searched for a Transformer with the scheme default or longrope")
     rope = model.config.rope
+    if rope.scheme == "longrope" and task.original_length not in (None, rope.original_length):
+        raise UserError(f"--original-length is {task.original_length}; the model's factors say {rope.original_length}")
     original = task.original_length or rope.original_length or trained_length(task.model)
     if original < 2:
         raise UserError(f"--original-length is {original}; it must be 2 or more")

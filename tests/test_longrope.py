@@ -221,7 +221,7 @@ def test_scores_equal_those_of_models_with_these_factors(scored):
     rng = np.random.default_rng(1)
     factors_NR = np.sort(1 + 7 * rng.random((11, 4)), axis=1)
     start_tokens_N = rng.choice([0, 3], 11).astype(np.int32)
-    one = scorer(make_mesh(MeshConfig(data=1), jax.devices()[:1]), batch=4, lanes=2, segment=7, scored=scored)
+    one = scorer(make_mesh(MeshConfig(data=1), jax.devices()[:1]), batch=4, lanes=2, together=1, segment=7, scored=scored)
     many = scorer(make_mesh(MeshConfig(data=8)), batch=4, scored=scored)
     assert many.batch == 8
     found = [each(factors_NR, start_tokens_N) for each in (one, many)]
@@ -390,7 +390,10 @@ def test_commands(tmp_path, command_line):
     run("search-rope longer --target-length 16 --short --documents 2 --population 4 --iterations 0 --output short.json --batch 8")
     short = load_factors(tmp_path / "short.json", 8)
     assert short.long_factors == rope.long_factors
-    assert max(short.short_factors) <= 1.25
+    assert max(short.short_factors) <= 4
+    assert "long" in json.loads((tmp_path / "short.json").read_text())["found"]["losses_of_known_factors"]
+    fails("search-rope longer --target-length 64 --original-length 8 --output a.json", "--original-length is 8", "factors say 16")
+    fails(f"{search} --together 3 --output a.json", "--together is 3; it must divide --documents, 2")
     if rope.start_tokens:
         fails("convert longer out --to huggingface", "start_tokens")
     for name, options in (("plain", "--start-tokens 0"), ("second", "--algorithm longrope2 --magnitude none --data texts.jsonl")):

@@ -129,6 +129,7 @@ class Scorer:
         mesh: Mesh,
         batch: int = 32,
         lanes: int = 1,
+        together: int | None = None,
         segment: int = 4096,
     ):
         """
@@ -140,6 +141,7 @@ class Scorer:
           mesh: of the devices, which share a batch along `data`.
           batch: candidates of a call at least; what is missing is filled up.
           lanes: candidates that a device reads side by side.
+          together: documents that a candidate reads side by side, each with a cache of its own; it divides their number. None: all.
           segment: tokens per call of the model.
         """
         config, devices = model.config, mesh.shape["data"]
@@ -150,8 +152,11 @@ class Scorer:
 
         def losses(model, tokens_BS, stretch_NR):
             def one(stretch):
-                state = model.init_state(len(tokens_BS), capacity=length)
-                return document_loss(Stretched(model, stretch), state, tokens_BS, documents.scored, segment=min(segment, length))
+                def of_documents(tokens_BS):
+                    state = model.init_state(len(tokens_BS), capacity=length)
+                    return document_loss(Stretched(model, stretch), state, tokens_BS, documents.scored, segment=min(segment, length))
+
+                return jnp.mean(jax.lax.map(of_documents, tokens_BS.reshape(-1, together or len(tokens_BS), length + 1)))
 
             def of_device(stretch_MR):
                 return jax.lax.map(one, stretch_MR, batch_size=lanes)
