@@ -519,6 +519,14 @@ def test_texts_that_are_broken(tmp_path, kinds):
         ask(BabiLong(("qa3",), books=str(tmp_path / "book.txt"), splitter="regex"), 340)
 
 
+def test_other_essays_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))
+    (tmp_path / "ruler").mkdir()
+    assert "(Paul Graham's essays)" in Needle().protocol()
+    (tmp_path / "ruler" / "PaulGrahamEssays.json").write_text(json.dumps({"text": TEXT}))
+    assert "(PaulGrahamEssays.json, which is not the official file)" in Needle().protocol()
+
+
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"text": 5}', '{"text": ""}'])
 def test_essays_that_are_none(text, tmp_path, monkeypatch):
     monkeypatch.setenv("INFINICONTEXT_DATA", str(tmp_path))

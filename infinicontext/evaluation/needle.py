@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -66,7 +67,11 @@ def haystack_texts(source: str) -> list[str]:
 
 def named(source: str) -> str:
     """A haystack's name; what it holds is in the prompts' fingerprint."""
-    return f"{source}, which is not the original's" if source else "Paul Graham's essays"
+    if source:
+        return f"{source}, which is not the original's"
+    path = data_folder("") / FILES["essay"].name
+    own = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != FILES["essay"].sha256
+    return f"{path.name}, which is not the official file" if own else "Paul Graham's essays"
 
 
 def haystack(source: str, tokenizer: Tokenizer) -> np.ndarray:

@@ -115,7 +115,8 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         name = needed(task)
         if name and name not in contents:
             file = FILES[name]
-            missing[task] = f"there is no {where / file.name}: {file.what}, from {file.source} (infinicontext download ruler)"
+            how = "which infinicontext download ruler fetches from" if file.source.startswith("https") else "to be made by"
+            missing[task] = f"there is no {where / file.name}: {file.what}, {how} {file.source}"
         elif name == "essay" and sentences is None:
             missing[task] = lacks
     words = contents.get("english_words")
