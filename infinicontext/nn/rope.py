@@ -235,7 +235,7 @@ def rotation(
       positions_BT: int32.
       planned_B: int32, tokens each row will have in the end, as `planned_length` of `rope_table`; may be traced, so that a change of plan
         compiles nothing anew. Beyond original_length `dynamic` computes its frequencies in `dtype`; in float32 its angles are off by
-        2e-4 radians at position 4,000 and 4e-2 at a million (128 dims, base 1e4).
+        2e-4 radians at position 4,000 and 4e-2 at a million, and its cos by 8e-3 at 131,071 and 0.11 at 2,097,151 (128 dims, base 1e4).
       dtype: float32 or float64.
       stretch: a table in place of the config's, for all rows.
 
