@@ -9,7 +9,17 @@ Byte-level models of about 0.2 million parameters, trained on objects of two to 
 
 A pair takes 81 bytes, so four pairs are 519 tokens with the question and the answer. Answers are teacher-forced.
 
-Not run yet.
+Measured on 2 CPU cores (jax 0.10.2, float32), full attention alone, one seed; a run of 600 steps takes about 8 minutes beside others. Exact
+answers (tokens) in %, 10 samples for each position:
+
+    pairs                                  4           8          16          32
+    full, 600 steps                        7.5 (44)    0 (32)     0 (18)      0 (18)
+
+- It has learnt to copy a value and not yet which one: with four and with eight pairs 98 and 86% of tokens are right where the asked pair is
+  the last but one, and 20 to 27% everywhere else. So there is no curve by position yet.
+- More steps are what is missing: its validation loss ends at 2.15; of 1,800 steps 800 had brought it to 2.00, and 500 of 1,000 with rows of
+  one object each (--data.length 528 --batch-size 16) to 1.63, before both were stopped. A tokenizer of 2,048 pieces is no short cut (6.0
+  after 300 steps). The other architectures were not run.
 """
 
 from infinicontext.data.instructions import InstructionData
