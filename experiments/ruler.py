@@ -20,6 +20,15 @@ learnt at 384 and 512 tokens, asked at up to 8,192.
     infinicontext training-questions $E:small_full runs/ruler/small.jsonl --lengths 384 512 --samples 4000 --tasks niah_single_1
     infinicontext sweep $E:small --workdir runs/ruler/small
     infinicontext compare runs/ruler/small/* --output report/
+
+Measured on 2 CPU cores (jax 0.10.2, float32), one seed, 20 samples, teacher-forced; exact answers (tokens) in %:
+
+                                512         1,024       2,048       4,096       8,192
+    small_full, niah_single_1   80 (98)     5 (74)      0 (53)      0 (34)      0 (23)
+
+- Full attention needs about 400 steps to notice that numbers are to be copied (validation loss 1.95 after 200, 1.19 after 500, 0.15 after
+  1,200), 20 minutes beside another run; then it knows its own lengths and little beyond them.
+- The others were not run. With niah_multikey_2 and fwe beside it nothing is learnt in 300 steps (0% everywhere).
 """
 
 import dataclasses
