@@ -201,9 +201,11 @@ def test_an_interrupted_search_goes_on_exactly(space, tmp_path):
     assert evolve(space, None, file=file, about=about).ranked == whole.ranked
     with pytest.raises(UserError, match="another search, with length 8, not 16"):
         evolve(space, score, file=file, about=about | {"length": 16})
-    file.write_text("{")
-    with pytest.raises(UserError, match="cannot be read; remove it"):
-        evolve(space, score, file=file, about=about)
+    record = json.loads(file.read_text())
+    for broken in ("{", json.dumps(record | {"ranked": []}), json.dumps(record | {"about": []})):
+        file.write_text(broken)
+        with pytest.raises(UserError, match="cannot be read; remove it"):
+            evolve(space, score, file=file, about=about)
 
 
 MODEL = TransformerConfig(vocab_size=17, dim=16, layers=2, heads=2, kv_heads=1, feed_forward=24, remat=False)

@@ -232,6 +232,8 @@ class Progress:
             ranked = [(loss, candidate(item)) for loss, item in record["ranked"]]
             progress = Progress(record["iteration"], ranked, {candidate(item) for item in record["seen"]}, rng, record["history"])
             before = record["about"]
+            if not ranked or not isinstance(before, dict):
+                raise ValueError("no candidates, or no search")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path}: the search it holds cannot be read; remove it to begin anew") from error
         about = json.loads(json.dumps(about))
