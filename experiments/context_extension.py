@@ -156,6 +156,9 @@ SEEDS = 5
 SCHEMES = ("none", "pi", "ntk", "dynamic", "yarn", "llama3", "longrope", "longrope2")
 
 
+RECIPE = {"base0": "as it was", "progressive": "tuned at 8x", "far": "searched for 64x", "both": "and for short texts"}
+
+
 def base(seed: int = 0) -> Experiment:
     """Full attention on short texts."""
     return Experiment(
@@ -304,6 +307,13 @@ def _found() -> dict[tuple[int, str], list[dict[int, float]]]:
     return found
 
 
+def _recipe() -> dict[str, dict[int, float]]:
+    """Of the progressive recipe's models, what is there: perplexity by length."""
+    files = {name: FOLDER / f"{name}.eval.json" for name in RECIPE} | {"both": FOLDER / "both" / "eval.json"}
+    rows = {name: json.loads(file.read_text())["tasks"]["perplexity"]["by_length"] for name, file in files.items() if file.exists()}
+    return {name: {row["length"]: row["perplexity"] for row in of_name} for name, of_name in rows.items()}
+
+
 def _print_table() -> None:
     """Perplexity at the length that a run was stretched to and at the original one, mean and standard deviation over seeds; exact keys; and
     a picture."""
@@ -318,9 +328,8 @@ def _print_table() -> None:
         files = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"held_out/base?-{scheme}.json"))]
         if whole := [file["tasks"]["document_perplexity"]["by_length"][0]["document_perplexity"] for file in files]:
             print(f"whole documents, 8x {scheme:9} {spread(whole)}", *(f"{value:.3f}" for value in whole))
-    for path in [*FOLDER.glob("*.eval.json"), *FOLDER.glob("both/eval.json")]:
-        rows = json.loads(path.read_text())["tasks"]["perplexity"]["by_length"]
-        print(f"{path.relative_to(FOLDER)!s:28}", *(f"{row['length']}: {row['perplexity']:.3f}" for row in rows))
+    for name, rows in _recipe().items():
+        print(f"{name:28}", *(f"{length}: {perplexity:.3f}" for length, perplexity in rows.items()))
     for path in sorted(FOLDER.glob("keys_*tuned/*/eval.json")):
         rows = json.loads(path.read_text())["tasks"]["passkey"]["by_length"]
         print(f"{path.parent.name:28}", *(f"{row['length']}: {100 * row['exact']:3.0f} ({100 * row['digits']:3.0f})" for row in rows))
@@ -329,22 +338,34 @@ def _print_table() -> None:
 
 
 def _draw() -> Figure:
-    """Perplexity by stretch, as the models are and tuned."""
-    found = _found()
-    panels = {"": "As the model is", " tuned": "After 40 steps"}
-    drawn = [ending for ending in panels if any(name == f"yarn{ending}" for _, name in found)]
-    figure = Figure(figsize=(6, 4 * len(drawn)), layout="constrained")
-    for axes, ending in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
+    """Perplexity by stretch, as the models are and tuned; and by length, after each step of the progressive recipe."""
+    found, recipe = _found(), _recipe()
+    titles = {"": "As the model is", " tuned": "After 40 steps"}
+    drawn = [ending for ending in titles if any(name == f"yarn{ending}" for _, name in found)]
+    count = len(drawn) + bool(recipe)
+    figure = Figure(figsize=(6, 4 * count), layout="constrained")
+    panels = figure.subplots(count, squeeze=False)[:, 0]
+    for axes, ending in zip(panels, drawn):
         for number, scheme in enumerate(SCHEMES):
             runs = {stretch: seeds for (stretch, name), seeds in sorted(found.items()) if name == scheme + ending}
             values = [statistics.mean(seed[stretch * min(seed)] for seed in seeds) for stretch, seeds in runs.items()]
             axes.plot(list(runs), values, label=scheme, color=COLORS[number], marker=MARKERS[number])
-        axes.set(title=panels[ending], xlabel="times the original length", ylabel="perplexity there", xscale="log", yscale="log")
-        axes.set_xticks(SCALES, [f"{stretch}x" for stretch in SCALES])
+        axes.set(title=titles[ending], xlabel="times the original length", ylabel="perplexity there")
+    for number, (name, rows) in enumerate(recipe.items()):
+        short = base().train_length
+        stretches = [length / short for length in rows]
+        panels[-1].plot(stretches, list(rows.values()), label=RECIPE[name], color=COLORS[number], marker=MARKERS[number])
+        panels[-1].set(title="Second search, for 64 times", xlabel="times the original length", ylabel="perplexity there")
+        panels[-1].legend()
+    if drawn:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    for axes in panels:
+        axes.set(xscale="log", yscale="log")
+        ticks = SCALES if axes is not panels[-1] or not recipe else (1, 8, 64)
+        axes.set_xticks(ticks, [f"{stretch}x" for stretch in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

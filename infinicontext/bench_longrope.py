@@ -4,10 +4,10 @@ Measured on 2 CPU cores (jax 0.10.2) by --batch 5 --length 1024 --rounds 3 and -
 interleaved rounds (of compilation a single one), candidates per second (a candidate's time beside one call's):
 
                                     D 256, 5 x 1,024 tokens   D 128, 1 x 256 tokens
-    one call                        4.94 (1)                  305 (1)
-    one call, four side by side     3.03 (1.63)               348 (0.87)
-    a call each                     4.23 (1.17)               194 (1.57)
-    compiled anew for each          0.77 (6.4)                1.22 (249)
+    one call                        4.92 (1)                  324 (1)
+    one call, four side by side     3.30 (1.49)               401 (0.81)
+    a call each                     4.13 (1.19)               241 (1.35)
+    compiled anew for each          0.87 (5.7)                1.74 (186)
 
 So on a CPU side by side (--lanes) pays for short texts alone. What one call saves is the compilation.
 """
