@@ -61,7 +61,9 @@ def _by_length(runs: list[Run]) -> Plot | None:
     figure, axes = lines_over_lengths(lines, title, "length (tokens)", "mean over tasks (%)")
     axes.set_ylim(-4, 104)
     note = f"Mean over the {len(common)} of {len(TASKS)} tasks that were asked at every length. Bars: 95% interval."
-    if thresholds := sorted({run.task("ruler")["summary"]["threshold"] for run, _ in lines if "summary" in run.task("ruler")}):
+    thresholds = sorted({run.task("ruler")["summary"]["threshold"] for run, _ in lines if "summary" in run.task("ruler")})
+    # It is one of all tasks' mean.
+    if thresholds and len(common) == len(TASKS):
         for threshold in thresholds:
             axes.axhline(threshold, color=GRAY, linewidth=1, zorder=1)
         said = " and ".join(f"{threshold}%" for threshold in thresholds)
