@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import shutil
+import urllib.error
 import urllib.request
 
 import jax
@@ -317,36 +319,74 @@ def test_chats_and_files_of_a_user(folder):
         generate("qa_1", Request(1024, len), load_corpora(str(folder), ("qa_1",)).corpora, 1)
 
 
+ESSAYS = {
+    "b.txt": b"Second.\r\n",
+    "a.txt": "First, caf\u00e9.".encode(),
+    "late.html": b"<p>No.<font>1. Late &amp; <b>bold</b><img src=x></font>",
+}
+
+
 def test_download(tmp_path, monkeypatch):
     """What is fetched is checked; what is there is left alone."""
     monkeypatch.setattr(corpora_file, "sentence_splitter", lambda *args: None)
-    contents = {"squad": b'{"data": []}', "hotpotqa": b"[]", "english_words": b"{}"}
-    files = dict(corpora_file.FILES)
-    for name, content in contents.items():
-        (tmp_path / f"source_{name}").write_bytes(content)
-        files[name] = files[name]._replace(sha256=hashlib.sha256(content).hexdigest())
+    addresses = "\n".join(f"https://essays/{name}" for name in ESSAYS)
+    sources = {"squad": b'{"data": []}', "hotpotqa": b"[]", "english_words": b"{}", "essay": addresses.encode()}
+    essay = {"text": "First, caf\u00e9.Second.\n1\\. Late & **bold**\n\n"}
+    contents = sources | {"essay": json.dumps(essay).encode()}
+    files = {name: file._replace(sha256=hashlib.sha256(contents[name]).hexdigest()) for name, file in corpora_file.FILES.items()}
     monkeypatch.setattr(corpora_file, "FILES", files)
-    local = {files[name].source: (tmp_path / f"source_{name}").as_uri() for name in contents}
-    fetched = []
-    opened = urllib.request.urlopen
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: fetched.append(url) or opened(local[url]))
-    said = []
-    corpora_file.download(str(tmp_path / "data"), said.append)
-    assert len(fetched) == 3
-    assert (tmp_path / "data" / "squad.json").read_bytes() == contents["squad"]
-    assert any("to be made by" in line and "PaulGrahamEssays.json" in line for line in said)
+    web = {files[name].source: content for name, content in sources.items()} | {f"https://essays/{name}": ESSAYS[name] for name in ESSAYS}
+    fetched, said = [], []
+
+    def open_address(address, timeout):
+        fetched.append(address)
+        if address not in web:
+            raise urllib.error.URLError("no such address")
+        return io.BytesIO(web[address])
+
+    monkeypatch.setattr(urllib.request, "urlopen", open_address)
+    again = lambda: corpora_file.download(str(tmp_path / "data"), said.append)
+    again()
+    assert len(fetched) == 4 + len(ESSAYS)
+    for name, content in contents.items():
+        assert (tmp_path / "data" / files[name].name).read_bytes() == content
+    assert not any("official" in line for line in said)
     (tmp_path / "data" / "hotpotqa.json").write_bytes(b"[1]")
-    corpora_file.download(str(tmp_path / "data"), said.append)
-    assert len(fetched) == 3
+    again()
+    assert len(fetched) == 4 + len(ESSAYS)
     assert any("hotpotqa.json: there already, but not the official one" in line for line in said)
+    web[files["squad"].source] = b"something else"
     (tmp_path / "data" / "squad.json").unlink()
-    (tmp_path / "source_squad").write_bytes(b"something else")
     with pytest.raises(UserError, match=r"has the SHA-256 .* nothing was written"):
-        corpora_file.download(str(tmp_path / "data"), said.append)
+        again()
     assert not list((tmp_path / "data").glob("squad*"))
-    local[files["squad"].source] = (tmp_path / "none").as_uri()
-    with pytest.raises(UserError, match="could not be fetched"):
-        corpora_file.download(str(tmp_path / "data"), said.append)
+    del web[files["squad"].source]
+    with pytest.raises(UserError, match=r"could not be fetched .*no such address"):
+        again()
+
+
+def test_essays_that_have_changed(tmp_path, monkeypatch):
+    """Pages change: their text is kept as what it is. One that is missing is named, and nothing is written."""
+    monkeypatch.setattr(corpora_file, "sentence_splitter", lambda *args: None)
+    monkeypatch.setattr(corpora_file, "FILES", {"essay": corpora_file.FILES["essay"]})
+    web = {corpora_file.FILES["essay"].source: b"https://essays/a.txt https://essays/late.html", "https://essays/a.txt": b"Mine."}
+    said = []
+
+    def fetch(address):
+        if address not in web:
+            raise OSError(address)
+        return web[address]
+
+    monkeypatch.setattr(corpora_file, "_fetch", fetch)
+    with pytest.raises(UserError, match=r"late\.html"):
+        corpora_file.download(str(tmp_path), said.append)
+    assert not list(tmp_path.iterdir())
+    web["https://essays/late.html"] = ESSAYS["late.html"]
+    corpora_file.download(str(tmp_path), said.append)
+    assert said[-2].endswith("results will say so")
+    loaded = load_corpora(str(tmp_path), ("niah_single_2",), "regex")
+    assert loaded.corpora.essay.startswith("Mine.")
+    assert corpora_file.unofficial(loaded.ids) == ["essay"]
 
 
 EXPERIMENTS = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from infinicontext.errors import UserError
+from infinicontext.evaluation.ruler import essays
 from infinicontext.evaluation.ruler.generate import Corpora
 from infinicontext.evaluation.ruler.tasks import TASKS, Needles, Questions
 
@@ -22,18 +23,12 @@ class File(NamedTuple):
 
     name: str
     what: str
-    source: str  # where it is from; what begins with https can be downloaded
+    source: str  # where it is from; of the essays, the list of their addresses
     sha256: str  # of what the official samples are made from (hex)
 
 
 REVISION = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"  # of NVIDIA/RULER
-FILES = {
-    "essay": File(
-        "PaulGrahamEssays.json",
-        'Paul Graham\'s essays, {"text": ...}',
-        f"scripts/data/synthetic/json/download_paulgraham_essay.py of github.com/NVIDIA/RULER at {REVISION[:7]}, with html2text 2025.4.15",
-        "8d31e1b660e0f2180bcca6d238e18f77921df9d158611582b860da1762b6d3dd",
-    ),
+FILES = {  # in the order in which they are fetched
     "squad": File(
         "squad.json",
         "SQuAD 2.0, dev-v2.0.json",
@@ -51,6 +46,12 @@ FILES = {
         "RULER's list of English words",
         f"https://media.githubusercontent.com/media/NVIDIA/RULER/{REVISION}/scripts/data/synthetic/json/english_words.json",
         "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca",
+    ),
+    "essay": File(
+        "PaulGrahamEssays.json",
+        'Paul Graham\'s essays, {"text": ...}',
+        f"https://raw.githubusercontent.com/NVIDIA/RULER/{REVISION}/scripts/data/synthetic/json/PaulGrahamEssays_URLs.txt",
+        "8d31e1b660e0f2180bcca6d238e18f77921df9d158611582b860da1762b6d3dd",
     ),
 }
 
@@ -115,8 +116,7 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         name = needed(task)
         if name and name not in contents:
             file = FILES[name]
-            how = "which infinicontext download ruler fetches from" if file.source.startswith("https") else "to be made by"
-            missing[task] = f"there is no {where / file.name}: {file.what}, {how} {file.source}"
+            missing[task] = f"there is no {where / file.name}: {file.what}, which infinicontext download ruler fetches from {file.source}"
         elif name == "essay" and sentences is None:
             missing[task] = lacks
     words = contents.get("english_words")
@@ -161,9 +161,10 @@ def sentence_splitter(splitter: Splitter, where: Path | None = None, *, trained:
 
 
 def download(folder: str, say: Callable[[str], None]) -> None:
-    """Fetches what can be fetched, checks what is there, and says what is to be made by hand.
+    """Fetches what is missing, and checks what is there.
 
-    A file appears under its name when it is whole and its checksum is right. NLTK's punkt_tab is fetched by NLTK.
+    A file appears under its name when it is whole and its checksum is right. The essays are made of hundreds of pages, which may change
+    and are nowhere else: a text of others is kept, and said to be another. NLTK's punkt_tab is fetched by NLTK.
 
     Args:
       folder: see `data_folder`.
@@ -173,26 +174,29 @@ def download(folder: str, say: Callable[[str], None]) -> None:
       UserError: the folder cannot be written, a download fails, or its checksum is wrong.
     """
     where = data_folder(folder)
-    for file in FILES.values():
+    for name, file in FILES.items():
         path = where / file.name
+        other = f", but not the official one (SHA-256 {file.sha256}); results will say so"
         if path.is_file():
             same = hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
-            say(f"{path}: " + ("there already" if same else f"there already, but not the official one (SHA-256 {file.sha256})"))
-        elif not file.source.startswith("https"):
-            say(f"{path}: to be made by {file.source} (SHA-256 {file.sha256})")
-        else:
-            try:
-                where.mkdir(parents=True, exist_ok=True)
-                with urllib.request.urlopen(file.source, timeout=60) as answer:
-                    data = answer.read()
-                if (found := hashlib.sha256(data).hexdigest()) != file.sha256:
-                    raise UserError(f"{file.source} has the SHA-256 {found}, not {file.sha256}; nothing was written")
-                temporary = path.with_name(path.name + ".partial")
-                temporary.write_bytes(data)
-                temporary.replace(path)
-            except OSError as error:  # URLError is one
-                raise UserError(f"{file.what}: {file.source} could not be fetched into {where}: {error}") from error
-            say(f"{path}: fetched, {len(data):,} bytes")
+            say(f"{path}: there already" + ("" if same else other))
+            continue
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            data = _fetch(file.source)
+            if name == "essay":
+                addresses = data.decode("utf-8").split()
+                say(f"{path}: made of {len(addresses)} essays, which takes minutes")
+                data = essays.joined(addresses, _fetch)
+            found = hashlib.sha256(data).hexdigest()
+            if found != file.sha256 and name != "essay":
+                raise UserError(f"{file.source} has the SHA-256 {found}, not {file.sha256}; nothing was written")
+            temporary = path.with_name(path.name + ".partial")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except (OSError, UnicodeError) as error:  # URLError is an OSError
+            raise UserError(f"{file.what}: {file.source} could not be fetched into {where}: {error}") from error
+        say(f"{path}: fetched, {len(data):,} bytes" + ("" if found == file.sha256 else other))
     try:
         sentence_splitter("punkt", where)
         say("NLTK's punkt_tab: there already")
@@ -203,6 +207,14 @@ def download(folder: str, say: Callable[[str], None]) -> None:
             raise error from None
         done = nltk.download("punkt_tab", download_dir=str(where), quiet=True)
         say(f"NLTK's punkt_tab: {'fetched' if done else 'could not be fetched'}")
+
+
+def _fetch(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            return answer.read()
+    except OSError as error:
+        raise OSError(f"{address}: {error}") from error
 
 
 def unofficial(ids: dict[str, str]) -> list[str]:
