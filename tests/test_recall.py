@@ -12,7 +12,9 @@ from infinicontext import cli
 from infinicontext.data.pipeline import train_batches, validation_batches
 from infinicontext.data.recall import NO_LABEL, RecallData, mqar
 from infinicontext.errors import UserError
+from infinicontext.evaluation.plots import draw
 from infinicontext.evaluation.recall import RecallEvaluation, evaluate_recall
+from infinicontext.evaluation.runs import Run
 
 
 @pytest.mark.golden
@@ -102,6 +104,28 @@ def test_logits_that_are_no_numbers_are_no_score():
     assert "not finite" in found["skipped"][0]["reason"]
 
 
+def test_pictures_by_state_show_what_all_runs_were_asked(tmp_path):
+    """At the longest common length, each run by its own size of state."""
+
+    def run(number, lengths, sizes):
+        cells = [
+            {"size": length, "place": pairs, "score": 0.5, "interval": [0.4, 0.7], "samples": 9, "whole": 0.1}
+            for length in lengths
+            for pairs in (1, 4)
+        ]
+        by_size = [{"size": length, "prompt_tokens": length, "score": 0.5, "interval": None, "chance": 0.25} for length in lengths]
+        recall = {"mode": "teacher_forced", "size": "tokens", "place": "pairs", "cells": cells, "by_size": by_size}
+        return Run(f"run {number}", number, tmp_path, {"experiment": {}}, [], [], [], {"tasks": {"recall": recall}, "state_bytes": sizes})
+
+    runs = [run(0, (32, 64, 128), {"32": 2048, "64": 4096, "128": 8192}), run(1, (32, 64, 256), {"32": 1000, "64": 1000, "256": 1000})]
+    (plot,) = [plot for plot in draw(runs) if plot.file == "recall-by-state"]
+    assert "64 tokens" in plot.title
+    panels = plot.figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["1 pair", "4 pairs"]
+    assert [[float(bar.lines[0].get_xdata()[0]) for bar in axes.containers] for axes in panels] == [[4096, 1000]] * 2
+    assert not [plot for plot in draw([runs[0], run(1, (256,), {"256": 1000})]) if plot.file == "recall-by-state"]
+
+
 EXPERIMENTS = """
 from infinicontext.data.recall import RecallData
 from infinicontext.evaluation.recall import RecallEvaluation
@@ -137,6 +161,7 @@ def test_command(tmp_path, monkeypatch):
     assert found["skipped"] == [{"length": 64, "reason": "the state grows with length and evaluation.capacity is 32"}]
     run("compare", "run", "--output", "report")
     assert (tmp_path / "report" / "recall-by-length.png").is_file()
+    assert (tmp_path / "report" / "recall-by-state.png").is_file()
     with pytest.raises(SystemExit):
         run("eval", "run", "--tasks", "passkey")
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from infinicontext.evaluation.drawing import (
     ACCURACY,
@@ -69,6 +69,7 @@ def draw(runs: list[Run]) -> list[Plot]:
             for group in by_group(asked, lambda run, task=task: run.task(task)["mode"]).values():
                 found += [_question_map(group[start : start + 6], task) for start in range(0, len(group), 6)]
                 found += [_questions_by_size(group, task), *_questions_by_position(group, task)]
+        found.append(_recall_by_state([run for run in runs if run.task("recall").get("cells")]))
         found += [_categories(run) for run in runs if run.task("categories")]
         found += [_state_bytes(runs), _train_speed(runs)]
         found += [_evaluation_speed(runs, task) for task in ("perplexity", "passkey")]
@@ -286,6 +287,40 @@ def _questions_by_position(runs: list[Run], task: str) -> list[Plot]:
         legend_below(figure, runs, others)
         plots.append(Plot(f"{task}-by-position-{size}", title, "Bars: 95% interval.", task, runs, figure))
     return plots
+
+
+def _recall_by_state(runs: list[Run]) -> Plot | None:
+    """What a memory is worth for its size, at the longest of the lengths that all runs were asked at; a panel for each number of pairs."""
+
+    states = [{int(n): size for n, size in run.eval.get("state_bytes", {}).items() if size} for run in runs]
+    asked = [{cell["size"] for cell in run.task("recall")["cells"]} & set(state) for run, state in zip(runs, states)]
+    common = set.intersection(*asked) if asked else set()
+    if not common:
+        return None
+    length = max(common)
+    cells = [
+        (run, state[length], cell) for run, state in zip(runs, states) for cell in run.task("recall")["cells"] if cell["size"] == length
+    ]
+    places = sorted({cell["place"] for _, _, cell in cells})
+    figure, panels = stacked_axes([2.4] * len(places))
+    for place, axes in zip(places, panels):
+        for run, state, cell in cells:
+            if cell["place"] == place:
+                low, high = cell["interval"] or (cell["score"],) * 2
+                error = np.maximum([[cell["score"] - low], [high - cell["score"]]], 0)
+                axes.errorbar(state, 100 * cell["score"], 100 * error, capsize=3, elinewidth=1.2, **run_style(run))
+        axes.axhline(100 / place, color=GRAY, linewidth=1, zorder=1)
+        axes.set(title=f"{place} pair{'s' * (place > 1)}", ylabel="queries (%)", ylim=(-4, 104))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_label(x)))
+        axes.set_xlim(min(state for _, state, _ in cells) / 2, 2 * max(state for _, state, _ in cells))
+    panels[-1].set_xlabel(f"state after {length:,} tokens (bytes)")
+    legend_below(figure, runs, [])
+    title = f"Associative recall by state, {length_label(length)} tokens"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    note = "Higher and further left is better. Bars: 95% interval. Gray: who knows which values there are, and no more."
+    return Plot("recall-by-state", title, note, "recall", runs, figure)
 
 
 def _books(run: Run) -> str:
