@@ -34,6 +34,7 @@ from infinicontext.commands import (
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import Splitter
+from infinicontext.evaluation.ruler.generate import Singular
 from infinicontext.evaluation.ruler.tasks import CHATS, TASKS
 from infinicontext.evaluation.suite import Task as AnyTask
 from infinicontext.evaluation.suites import SUITES
@@ -262,6 +263,7 @@ def make_parser() -> Parser:
     command.add_argument("--folder", default="", help="of essays, SQuAD and HotpotQA; default: $INFINICONTEXT_DATA/ruler")
     command.add_argument("--splitter", choices=get_args(Splitter), default="punkt", help="of essays into sentences")
     command.add_argument("--chat", default="base", help=f"of {', '.join(CHATS)}, or a text with {{task_template}}")
+    command.add_argument("--singular", choices=get_args(Singular), default="official", help="official: also of the chat template's words")
     command.add_argument("--example-budget", type=int, default=500, help="tokens of vt's example; tokenizers close to bytes need 2000")
 
     command = add("bench", run_bench, "Measure building blocks and models beside their other forms and installed peers, interleaved.")

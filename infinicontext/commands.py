@@ -321,7 +321,7 @@ def run_training_questions(options: argparse.Namespace) -> None:
 
 def run_ruler_tasks(options: argparse.Namespace) -> None:
     """infinicontext ruler-tasks FOLDER --tokenizer NAME [--lengths ...] [--tasks ...] [--samples N]"""
-    named = {name: getattr(options, name) for name in ("chat", "folder", "splitter", "example_budget")}
+    named = {name: getattr(options, name) for name in ("chat", "folder", "splitter", "singular", "example_budget")}
     config = RulerEvaluation(tuple(options.tasks), options.samples, **named)
     lengths = [parse_length(text) for text in options.lengths]
     say = lambda line: print(line, file=sys.stderr)

@@ -306,6 +306,26 @@ def test_a_task_whose_logits_are_no_numbers_is_left_out(monkeypatch):
     assert found["skipped"] == [{"length": 2048, "task": "niah_single_1", "reason": "the model's logits are not finite"}]
 
 
+@pytest.mark.parametrize(
+    ("singular", "chat", "said"),
+    [
+        ("official", "vicuna-chat", "helpful, detailed, and polite answer to"),
+        ("fixed", "vicuna-chat", "helpful, detailed, and polite answers to"),
+        ("official", "lwm-chat", "You is a helpful assistant."),
+        ("fixed", "lwm-chat", "You are a helpful assistant."),
+    ],
+)
+def test_where_one_value_is_spoken_of(singular, chat, said):
+    """The task's own words are the same by both rules, and several values are spoken of as several."""
+    make = lambda task, singular: generate(task, Request(2048, len, chat=chat, singular=singular), Corpora(), 1)[0]
+    sample = make("niah_single_1", singular)
+    assert said in sample.input
+    assert "A special magic number is hidden" in sample.input
+    assert sample.answer_prefix.startswith(" The special magic number for")
+    assert sample.answer_prefix.endswith(" is")
+    assert make("fwe", "official") == make("fwe", "fixed")
+
+
 def test_chats_and_files_of_a_user(folder):
     request = Request(1024, len, chat="{system} {task_template} {}")
     (sample,) = generate("niah_single_1", request, load_corpora("", ()).corpora, 1)
@@ -451,6 +471,7 @@ def test_command(tmp_path, monkeypatch):
         ({"tasks": ()}, r"evaluation\.ruler\.tasks is empty"),
         ({"samples": 0}, r"evaluation\.ruler\.samples is 0"),
         ({"mode": "guess"}, r"evaluation\.ruler\.mode is guess; it must be one of generate, teacher_forced"),
+        ({"singular": "none"}, r"evaluation\.ruler\.singular is none; it must be one of official, fixed"),
         ({"splitter": "dots"}, r"evaluation\.ruler\.splitter is dots"),
     ],
 )

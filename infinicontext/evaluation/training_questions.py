@@ -11,7 +11,7 @@ from typing import get_args
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import load_corpora
-from infinicontext.evaluation.ruler.generate import Request, generate
+from infinicontext.evaluation.ruler.generate import generate
 from infinicontext.evaluation.ruler.tasks import TASKS, continuation
 from infinicontext.evaluation.suite import Evaluation, Questions
 
@@ -100,8 +100,7 @@ def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int,
     loaded = load_corpora(config.folder, (task,), config.splitter)
     if task in loaded.missing:
         raise UserError(loaded.missing[task])
-    count = lambda text: len(tokenizer.encode(text))
     # The questions of qa are those of a file, of which an evaluation asks the first.
     first = max(OFFICIAL_SAMPLES, config.samples)
-    request = Request(length, count, seed, config.chat, example_budget=config.example_budget, first=first)
+    request = config.request(length, tokenizer, seed=seed, first=first)
     return [(sample.input + sample.answer_prefix, sample.outputs) for sample in generate(task, request, loaded.corpora, samples)]

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,6 +15,7 @@ from infinicontext import sharding
 from infinicontext.data.pipeline import tokenizer_of, validation_batches
 from infinicontext.data.reference import HEADER
 from infinicontext.errors import UserError
+from infinicontext.evaluation.labels import bytes_label
 from infinicontext.evaluation.selection import evaluate_categories, evaluate_selection
 from infinicontext.evaluation.suite import Evaluation, evaluate
 from infinicontext.experiment import Experiment, to_plain
@@ -30,7 +33,8 @@ from infinicontext.training.weights import load_model, merged, parameters_finger
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
     """Evaluates a checkpoint of a run and writes each task's result as it comes, beside those of other tasks on the same checkpoint and
-    model. What is there already, with the same settings and nothing left out, is not measured again."""
+    model. What is there already, with the same settings and nothing left out, is not measured again. The cost of a task is this process's:
+    its seconds, and the most memory from its start on."""
     check_ids(experiment)
     check_devices(experiment)
     if "selection" in experiment.evaluation.tasks:
@@ -68,9 +72,14 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
                 say(f"{task}: measured before, in {output}")
             else:
                 todo.append(task)
+        begin = time.perf_counter()
         for task, result in _results(experiment, tuple(todo), folder, mesh, model, say, output):
-            record["tasks"][task] = result | {"evaluation": to_plain(experiment.evaluation)}
+            cost = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
+            record["tasks"][task] = result | {"evaluation": to_plain(experiment.evaluation), "cost": cost}
             write_json(output, record)
+            peaks = ", ".join(f"{where} {bytes_label(size)}" for where, size in cost["peak_bytes"].items())
+            say(f"{task}: {cost['seconds']:.1f} s, most memory: {peaks}")
+            begin = time.perf_counter()
     write_json(output, record)
     print(output)
 
@@ -146,6 +155,14 @@ def categories_of(experiment: Experiment, folder: pathlib.Path, mesh: jax.shardi
         model = merged(restore(folder, experiment.model, mesh, step)[1])
         losses.append(np.concatenate([np.asarray(read(model, batch))[batch["loss_mask"] > 0] for batch in batches]))
     return evaluate_categories(steps, np.stack(losses))
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most memory that this process has had so far: of the host, and of the fullest of its devices where they count theirs."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = {"host": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    devices = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return host | ({"device": max(devices)} if devices else {})
 
 
 def _read(output: pathlib.Path) -> dict:

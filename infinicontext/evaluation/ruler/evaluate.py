@@ -12,7 +12,7 @@ from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.evaluation.questions import Mode, ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
-from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, generate
+from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, Singular, generate
 from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS, Needles, continuation
 from infinicontext.models.streaming import Model
@@ -30,6 +30,7 @@ class RulerEvaluation:
     folder: str = ""  # of essays, SQuAD and HotpotQA; empty: $INFINICONTEXT_DATA/ruler
     splitter: Splitter = "punkt"  # of essays into sentences
     example_budget: int = 500  # tokens of vt's example; tokenizers that are close to bytes need 2,000
+    singular: Singular = "official"  # see generate.Singular
     seed: int = 42
     predictions: bool = False  # whether the result holds every sample's answer
 
@@ -38,6 +39,8 @@ class RulerEvaluation:
             raise UserError(f"evaluation.ruler.tasks has {unknown[0]}; RULER's tasks are {', '.join(TASKS)}")
         if self.mode not in get_args(Mode):
             raise UserError(f"evaluation.ruler.mode is {self.mode}; it must be one of {', '.join(get_args(Mode))}")
+        if self.singular not in get_args(Singular):
+            raise UserError(f"evaluation.ruler.singular is {self.singular}; it must be one of {', '.join(get_args(Singular))}")
         if self.splitter not in get_args(Splitter):
             raise UserError(f"evaluation.ruler.splitter is {self.splitter}; it must be one of {', '.join(get_args(Splitter))}")
         for name in ("samples", "batch_size", "example_budget"):
@@ -45,6 +48,11 @@ class RulerEvaluation:
                 raise UserError(f"evaluation.ruler.{name} is {getattr(self, name)}; it must be 1 or more")
         if not self.tasks:
             raise UserError("evaluation.ruler.tasks is empty; it must name one task or more")
+
+    def request(self, length: int, tokenizer: Tokenizer, **changes) -> Request:
+        """What samples of a length are to be like."""
+        names = ("seed", "chat", "example_budget", "singular")
+        return Request(length, lambda text: len(tokenizer.encode(text)), **{name: getattr(self, name) for name in names} | changes)
 
 
 def evaluate_ruler(
@@ -78,7 +86,6 @@ def evaluate_ruler(
       score, if decoded; predictions: on request; skipped: tasks and lengths with reasons.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
-    count = lambda text: len(tokenizer.encode(text))
     kept = Answers(file, (about or {}) | {"mode": config.mode, "tokenizer": tokenizer.fingerprint()})
     decoded = config.mode == "generate"
     by_length, by_depth, predictions = [], [], []
@@ -90,9 +97,8 @@ def evaluate_ruler(
         for task in config.tasks:
             if task in loaded.missing:
                 continue
-            request = Request(length, count, config.seed, config.chat, example_budget=config.example_budget)
             try:
-                samples = generate(task, request, loaded.corpora, config.samples)
+                samples = generate(task, config.request(length, tokenizer), loaded.corpora, config.samples)
             except UserError as error:
                 skipped.append({"length": length, "task": task, "reason": str(error)})
                 say(f"ruler {task} length {length}: left out, {error}")
@@ -135,6 +141,7 @@ def evaluate_ruler(
     strange = [f"another {name}" for name in unofficial(loaded.ids)]
     strange += ["another splitter of sentences"] if config.splitter != "punkt" else []
     strange += ["another budget of the example"] if config.example_budget != 500 else []
+    strange += ["another rule of the singular"] if config.singular != "official" else []
     strange += [] if decoded else ["another way of scoring"]
     how = {
         "generate": "decoded greedily; recall of the references",

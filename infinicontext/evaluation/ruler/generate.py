@@ -12,7 +12,7 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,9 @@ DEPTHS = [int(depth) for depth in np.round(np.linspace(0, 100, 40))]  # where ne
 RETRIES = 1000  # texts drawn for a sample before its length is given up
 
 Count = Callable[[str], int]
+# Where a needle task that asks for one value speaks of one: in all that is around the text, with what the chat template says ("polite
+# answer", "You is"), as upstream; or in its own words alone.
+Singular = Literal["official", "fixed"]
 
 
 class RulerLengthError(UserError):
@@ -64,6 +67,7 @@ class Request:
     chat: str = "base"  # a name of CHATS, or a text with {task_template}
     template_tokens: int = 0  # taken off the length for a chat template that the texts do not have
     example_budget: int = 500  # tokens of vt's example; tokenizers that are close to bytes need 2,000
+    singular: Singular = "official"
     first: int = 0  # qa: which of the data set's questions is the first sample's
 
 
@@ -130,10 +134,14 @@ class _Family:
         if "{task_template}" not in chat:
             raise UserError(f"chat is {request.chat}; it must be one of {', '.join(CHATS)}, or a text with {{task_template}}")
         # The template is filled by its fields; what else of the chat's stands in braces is text.
-        chat = chat.replace("{", "{{").replace("}", "}}")
-        self.template = chat.replace("{{task_template}}", self.text.body) + self.text.prefix
+        self.chat = chat.replace("{", "{{").replace("}", "}}")
+        self.template = self.in_chat(self.text.body) + self.text.prefix
         self.budget = request.length - request.template_tokens
         self.prepare()
+
+    def in_chat(self, body: str) -> str:
+        """What a user says, in the chat template."""
+        return self.chat.replace("{{task_template}}", body)
 
     def prepare(self) -> None:
         """What a kind needs before it draws."""
@@ -220,10 +228,11 @@ class _Needles(_Family):
         query = names[0] if len(names) == 1 else ", ".join(names[:-1]) + f", and {names[-1]}"
         template, kind = self.template, task.values
         if task.query_count * task.value_count == 1:
-            # Of the whole template, the chat's words included, as upstream.
-            for plural, singular in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
-                template = template.replace(plural, singular)
             kind = kind[:-1]
+            if self.request.singular == "official":
+                template = _singular(template)
+            else:
+                template = self.in_chat(_singular(self.text.body)) + _singular(self.text.prefix)
         answers = [value for i in asked for value in values[i]]
         return Drawn(template.format(type_needle_v=kind, context=context, query=query), answers, [f" is: {value}." for value in answers])
 
@@ -231,6 +240,12 @@ class _Needles(_Family):
         """A needle that nobody asks for."""
         key = self.value(self.parameters.keys)
         return NEEDLE.format(type_needle_v=self.parameters.values, key=key, value=self.value(self.parameters.values))
+
+
+def _singular(template: str) -> str:
+    for plural, singular in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
+        template = template.replace(plural, singular)
+    return template
 
 
 class _Variables(_Family):

@@ -10,7 +10,7 @@ from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import load_corpora
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
-from infinicontext.evaluation.ruler.generate import VERSION, Request, generate
+from infinicontext.evaluation.ruler.generate import VERSION, generate
 from infinicontext.evaluation.ruler.score import cleaned, sample_score
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS
 
@@ -73,11 +73,8 @@ def write_tasks(folder: Path, tokenizer: Tokenizer, config: RulerEvaluation, len
             if task in loaded.missing:
                 say(f"ruler {task} length {length} left out: {loaded.missing[task]}")
                 continue
-            request = Request(
-                length, lambda text: len(tokenizer.encode(text)), config.seed, config.chat, example_budget=config.example_budget
-            )
             try:
-                samples = generate(task, request, loaded.corpora, config.samples)
+                samples = generate(task, config.request(length, tokenizer), loaded.corpora, config.samples)
             except UserError as error:
                 say(f"ruler {task} length {length} left out: {error}")
                 continue
