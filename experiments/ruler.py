@@ -39,6 +39,7 @@ import sys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from infinicontext.data.instructions import InstructionData
+from infinicontext.evaluation.questions import Asking
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
 from infinicontext.evaluation.suite import Evaluation
 from infinicontext.experiment import Experiment
@@ -51,9 +52,10 @@ from infinicontext.objectives.next_token import NextToken
 from infinicontext.training.optimizer import OptimizerConfig
 
 SIZE = {"vocab_size": 257, "dim": 256, "layers": 6, "heads": 8}
-SMALL = {"vocab_size": 2048, "dim": 64, "layers": 3, "heads": 2, "remat": False}
+SMALL = {"vocab_size": 2048, "dim": 64, "layers": 3, "remat": False}
 FOLDER = pathlib.Path("runs/ruler")
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+SMALL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def full() -> Experiment:
@@ -94,21 +96,43 @@ def all() -> list[Experiment]:
 
 def small_full() -> Experiment:
     """Full attention, small."""
-    return _small("small_full", TransformerConfig(**SMALL))
+    return _small("small_full", TransformerConfig(**SMALL, heads=4))
+
+
+def small_window() -> Experiment:
+    """Each token sees the last 128."""
+    return _small("small_window", TransformerConfig(**SMALL, heads=4, attention="window", window=128))
+
+
+def small_megalodon() -> Experiment:
+    """MEGALODON in chunks of 128."""
+    return _small("small_megalodon", MegalodonConfig(**SMALL, heads=1, z_dim=32, value_dim=112, feed_forward=112, norm_groups=4, chunk=128))
+
+
+def small_infini() -> Experiment:
+    """Infini-attention in segments of 64."""
+    return _small("small_infini", InfiniConfig(**SMALL, heads=2, segment=64, training_horizons=(1, 16)))
+
+
+def small_fam() -> Experiment:
+    """TransformerFAM in blocks of 64 that see no block before them, with a limit to its memory (experiments/passkey.py)."""
+    model = FamConfig(**SMALL, heads=4, block=64, memory_blocks=0, fam_length=16)
+    return _small("small_fam", dataclasses.replace(model, fam_limit=2.0, training_rereads=3, detach_every=8))
+
+
+def small_bswa() -> Experiment:
+    """TransformerBSWA: the same blocks without feedback memory."""
+    return _small("small_bswa", small_fam().model.bswa)
 
 
 def small() -> list[Experiment]:
-    """One of each for a CPU, with windows, chunks, segments and blocks a quarter as long."""
-    sizes = SMALL | {"heads": 1, "z_dim": 32, "value_dim": 112, "feed_forward": 112, "norm_groups": 4}
-    feedback = FamConfig(**SMALL, block=64, memory_blocks=1, fam_length=16)
-    return [
-        small_full(),
-        _small("small_window", TransformerConfig(**SMALL, attention="window", window=128)),
-        _small("small_megalodon", MegalodonConfig(**sizes, chunk=128)),
-        _small("small_infini", InfiniConfig(**SMALL, segment=64, training_horizons=(1, 16), training_dilution=(4, 256))),
-        _small("small_fam", feedback),
-        _small("small_bswa", feedback.bswa),
-    ]
+    """One of each for a CPU, after its lessons."""
+    return [small_full(), small_window(), small_megalodon(), small_infini(), small_fam(), small_bswa()]
+
+
+def lessons() -> list[Experiment]:
+    """What the small ones begin with: passkeys of 90 to 190 tokens, whose numbers are said twice, by which copying is learnt."""
+    return [_lessons(experiment) for experiment in small()]
 
 
 def _experiment(name: str, model: ModelConfig) -> Experiment:
@@ -130,16 +154,29 @@ def _experiment(name: str, model: ModelConfig) -> Experiment:
 
 def _small(name: str, model: ModelConfig) -> Experiment:
     experiment = _experiment(name, model)
-    asked = RulerEvaluation(("niah_single_1",), samples=20, mode="teacher_forced")
     return dataclasses.replace(
         experiment,
-        data=dataclasses.replace(experiment.data, source=f"{FOLDER}/small.jsonl", tokenizer=f"{FOLDER}/tokenizer.json", length=560),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, warmup_steps=50),
-        evaluation=Evaluation(tasks=("ruler",), lengths=(512, 1024, 2048, 4096, 8192), capacity=9000, ruler=asked),
-        steps=1200,
-        batch_size=16,
+        start_from=f"{FOLDER}/lessons/{name}",
+        data=dataclasses.replace(experiment.data, source=f"{FOLDER}/questions", tokenizer=f"{FOLDER}/tokenizer.json", length=1024),
+        objective=NextToken(loss="answers", context_weight=0.2),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=2e-3, warmup_steps=50),
+        evaluation=Evaluation(tasks=("ruler",), lengths=SMALL_LENGTHS, capacity=9000, ruler=RulerEvaluation(samples=10)),
+        steps=500,
+        batch_size=9,
         validation_every=100,
         checkpoint_every=100,
+    )
+
+
+def _lessons(experiment: Experiment) -> Experiment:
+    return dataclasses.replace(
+        experiment,
+        start_from="",
+        data=dataclasses.replace(experiment.data, source=f"{FOLDER}/questions/lessons.jsonl", length=256),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=3e-3, final_fraction=0.3),
+        evaluation=Evaluation(tasks=("passkey_landmark",), lengths=(64, 128, 512), asking=Asking(samples=50, mode="teacher_forced")),
+        steps=300,
+        batch_size=36,
     )
 
 

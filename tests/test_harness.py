@@ -170,8 +170,10 @@ def test_simple_evaluate(adapters, tmp_path, monkeypatch):
 
 
 def test_command(folder, tmp_path):
-    """lm_eval's own command line with our model, without a network."""
-    write_tasks(tmp_path / "tasks", ByteTokenizer(), RulerEvaluation(("niah_single_1",), 2), [1536])
+    """lm_eval's own command line with our model, without a network; it asks RULER's prompts to the character."""
+    with_example = RulerEvaluation(("niah_single_1", "niah_multikey_3", "vt", "fwe"), 2, example_budget=2000)
+    names = write_tasks(tmp_path / "tasks", ByteTokenizer(), with_example, [4096])
+    assert len(names) == 4
     (tmp_path / "rolling.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     (tmp_path / "tasks" / "rolling.yaml").write_text(
         "task: own_rolling\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
@@ -179,7 +181,7 @@ def test_command(folder, tmp_path):
         'doc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n  - metric: word_perplexity\n'
     )
     command = [sys.executable, "-m", "infinicontext.cli", "lm-eval", "run", "--model", "infinicontext"]
-    command += ["--model_args", f"model={folder},max_length=4096", "--tasks", "infinicontext_niah_single_1_1536,own_rolling"]
+    command += ["--model_args", f"model={folder},max_length=8192", "--tasks", ",".join([*names, "own_rolling"]), "--log_samples"]
     command += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     import os
@@ -188,5 +190,10 @@ def test_command(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(path.read_text())["results"]
-    assert results["infinicontext_niah_single_1_1536"]["recall,none"] == 0
+    assert results["infinicontext_niah_single_1_4096"]["recall,none"] == 0
+    for name in names:
+        rows = map(json.loads, (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines())
+        (path,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+        asked = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in map(json.loads, path.read_text().splitlines())]
+        assert asked == [row["input"] + row["answer_prefix"] for row in rows]
     assert np.isfinite(results["own_rolling"]["bits_per_byte,none"])
