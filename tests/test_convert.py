@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 
 from infinicontext import models, pretrained
 from infinicontext.cli import main
@@ -19,7 +20,7 @@ from infinicontext.data.tokenizers import word_tokenizer
 from infinicontext.models import BeaconConfig, FamConfig, MegalodonConfig, TransformerConfig
 from infinicontext.nn.rope import RopeConfig
 from infinicontext.training.run_folder import load_config
-from infinicontext.training.weights import load_model, restore, starting_model, stop_ids
+from infinicontext.training.weights import load_model, restore, speaker, starting_model, stop_ids
 
 WORDS = "the key is one two three four five six seven eight nine ten , ."
 EXPERIMENT = """
@@ -192,6 +193,24 @@ def test_a_run_can_be_moved_and_thinned(run, tmp_path, capsys, monkeypatch):
         main(["generate", "the key is", "--model", str(model), "--max-new-tokens", "9"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_evaluations_speak_as_the_model_was_trained_to(tmp_path):
+    """A tokenizer that adds no start token gets none before questions, and every end that its folder names ends an answer."""
+    folder = tmp_path / "folder"
+    pretrained.save(models.build(TransformerConfig(vocab_size=60, dim=16, layers=1, heads=2, feed_forward=24), nnx.Rngs(0)), folder)
+    for start in (None, 1):
+        kept = word_tokenizer([WORDS]).library
+        if start is not None:
+            kept.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        kept.save(str(folder / "tokenizer.json"))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+        main(["convert", str(folder), str(tmp_path / "run")])
+        found = speaker(tmp_path / "run", load_config(tmp_path / "run"))
+        assert found.start_id == start
+        assert found.stop_ids == {1, 5, 7}
+        assert found.fingerprint() == load_model(tmp_path / "run", all_on_tensor()).tokenizer.fingerprint()
 
 
 def test_a_run_trained_with_another_tokenizer_forgets_the_old_one(tmp_path, capsys):

@@ -310,7 +310,7 @@ def test_positions_of_who_sees_only_the_end(kinds, monkeypatch, task):
 class Metaspace:
     """As SentencePiece: a text begins with a space of its own, and sentences are joined to what they end."""
 
-    name, start_id, end_id, vocab_size = "metaspace", 0, None, 10**6
+    name, start_id, end_id, vocab_size, stop_ids = "metaspace", 0, None, 10**6, frozenset({0})
 
     def __init__(self):
         self.ids = {"": 0}
@@ -445,7 +445,7 @@ def test_one_start_token():
 class Numbers:
     """Token ids written as numbers."""
 
-    name, start_id, end_id, vocab_size = "numbers", None, None, 50
+    name, start_id, end_id, vocab_size, stop_ids = "numbers", None, None, 50, frozenset()
     encode = staticmethod(lambda text: np.array([word for word in text.split() if word.isdigit()], np.int32))
     decode = staticmethod(lambda ids: " ".join(map(str, np.asarray(ids).tolist())))
     fingerprint = staticmethod(lambda: "numbers")

@@ -8,6 +8,7 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+from collections import Counter
 
 import jax
 import numpy as np
@@ -174,7 +175,7 @@ def test_what_is_missing():
 class Pieces:
     """A tokenizer of words, signs and spaces that learns its vocabulary as it goes, for models that are none."""
 
-    name, start_id, end_id, vocab_size = "pieces", None, None, 10**6
+    name, start_id, end_id, vocab_size, stop_ids = "pieces", None, None, 10**6, frozenset()
 
     def __init__(self):
         self.ids = {}
@@ -248,8 +249,38 @@ def test_right_answers_are_listed_as_the_examples_are():
     for task, pattern in (("vt", r"[A-Z]{5}( [A-Z]{5}){4}"), ("cwe", r" 1\. \S+( \d+\. \S+){9}"), ("niah_single_1", r" \d{7}")):
         (sample,) = generate(task, request, Corpora(), 1)
         assert re.fullmatch(pattern, continuation(task, sample.input + sample.answer_prefix, sample.outputs)), task
-    assert continuation("niah_multivalue", "are", ["1", "2"]) == " 1, 2"
+    assert continuation("niah_multivalue", "2 and 1 are", ["1", "2"]) == " 2, 1"
+    assert continuation("niah_multiquery", "2 and 1 are", ["1", "2"]) == " 1, 2"
     assert continuation("qa_1", "Answer:", ["Paris", "the city of Paris"]) == " Paris"
+
+
+def test_right_answers_can_be_known_from_their_prompts(folder):
+    """With their order, which teacher forcing asks for: of cwe and multivalue, where they first stand."""
+    tokenizer, config = Pieces(), RulerEvaluation(folder=str(folder), splitter="regex", example_budget=1000)
+
+    def cases(task):
+        loaded = load_corpora(str(folder), (task,), "regex")
+        for sample in generate(task, config.request(4096, tokenizer), loaded.corpora, 4):
+            prompt = sample.input + sample.answer_prefix
+            yield prompt, continuation(task, prompt, sample.outputs)
+
+    for prompt, right in cases("cwe"):
+        words = re.findall(r"\d+\. (\S+)", prompt.split("Below is a numbered list")[-1].split("Question")[0])
+        often = {word for word, _ in Counter(words).most_common(10)}
+        listed = [word for word in dict.fromkeys(words) if word in often]
+        assert right == "".join(f" {number}. {word}" for number, word in enumerate(listed, 1))
+    for prompt, right in cases("niah_multivalue"):
+        key = re.search(r"numbers for (\S+) mentioned", prompt)[1]
+        assert right == " " + ", ".join(re.findall(rf"for {key} is: (\d+)\.", prompt))
+
+
+def test_training_questions_have_no_place_where_answers_always_are(tmp_path):
+    """What the generators draw once for all samples of a seed is drawn often enough that it cannot be learnt by heart."""
+    write_questions(tmp_path / "questions.jsonl", Pieces(), Evaluation(ruler=RulerEvaluation(samples=1)), ["fwe"], [1024], 80, 1)
+    rows = list(map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines()))
+    assert len({row["prompt"] for row in rows}) == len(rows) == 80
+    places = Counter(row["prompt"].split().index(row["response"].split()[0].strip(",")) for row in rows)
+    assert max(places.values()) <= 40
 
 
 def test_needles_by_depth(monkeypatch):
@@ -488,6 +519,29 @@ def test_published_scores(golden):
     for row in json.loads((golden / "ruler" / "aggregates.json").read_text())["aggregates"]:
         if "published" in row:
             assert (row["model"].strip("* "), row["scores"], row["published"]["avg"]) in models
+
+
+def test_what_a_model_cannot_read_counts_as_nothing():
+    """And beyond a length without a score none is effective."""
+    passed = dict.fromkeys((4096, 8192, 16384), 90.0)
+    assert summary(passed, 79.4)["effective_label"] == ">16384"
+    assert summary(passed, 79.4, [32768])["effective_label"] == "16384"
+    assert summary(passed, 79.4, [2048])["effective_label"] == "unknown"
+    assert summary({4096: 90.0, 16384: 90.0}, 79.4, [8192])["effective"] == 4096
+    found = summary(passed | {32768: 0.0}, 79.4)
+    assert (found["avg"], found["effective_label"]) == (67.5, "16384")
+
+
+def test_lengths_without_room(folder, monkeypatch):
+    """They are named, not asked, and count."""
+    tokenizer = Pieces()
+    monkeypatch.setattr(questions, "generate", lambda model, rows, options: [Completion(np.zeros(0, np.int32), "stop")] * len(rows))
+    config = RulerEvaluation(samples=1, folder=str(folder), splitter="regex", example_budget=1000)
+    found = evaluate_ruler(None, tokenizer, config, [2048, 4096], limit=2048, segment=512)
+    assert [entry["length"] for entry in found["by_length"]] == [2048]
+    (skip,) = found["skipped"]
+    assert skip == {"length": 4096, "reason": "the state grows with length and evaluation.capacity is 2048"}
+    assert found["summary"]["unread"] == [4096]
 
 
 def test_own_scores_stand_above_published_ones(tmp_path):

@@ -3,6 +3,7 @@
 Shape letters: N tokens of one text.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -27,12 +28,14 @@ class Tokenizer(Protocol):
       vocab_size: every id is below it.
       start_id: id written before each document; None where the vocabulary has no such token.
       end_id: id that ends a text; where the vocabulary has none, the start of the next text ends this one.
+      stop_ids: ids any of which ends an answer.
     """
 
     name: str
     vocab_size: int
     start_id: int | None
     end_id: int | None
+    stop_ids: frozenset[int]
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N]; nothing is added before or after."""
@@ -57,6 +60,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     start_id = end_id = 256
+    stop_ids = frozenset({256})
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N], one per byte. Lone surrogates, which UTF-8 cannot hold, become "?"."""
@@ -101,6 +105,7 @@ class JsonTokenizer:
         first = lambda tokens: next((token_id for token in tokens if (token_id := self.library.token_to_id(token)) is not None), None)
         self.start_id: int | None = first(START_TOKENS)
         self.end_id: int | None = first(END_TOKENS + START_TOKENS)
+        self.stop_ids = frozenset({self.start_id, self.end_id} - {None})
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids [N]."""
@@ -118,6 +123,13 @@ class JsonTokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's JSON form."""
         return hashlib.sha256(json.dumps(json.loads(self.library.to_str()), sort_keys=True).encode()).hexdigest()
+
+
+def speaking(tokenizer: Tokenizer, start_id: int | None, stop_ids: Iterable[int]) -> Tokenizer:
+    """The same tokenizer with another start, and with more ids that end an answer."""
+    found = copy.copy(tokenizer)
+    found.start_id, found.stop_ids = start_id, tokenizer.stop_ids | set(stop_ids)
+    return found
 
 
 def word_tokenizer(texts: Iterable[str], name: str = "words") -> JsonTokenizer:

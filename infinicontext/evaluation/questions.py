@@ -94,7 +94,7 @@ def ask(
 
     Args:
       model: any model with the tokenizer's vocabulary.
-      tokenizer: its start and end tokens end an answer.
+      tokenizer: its `stop_ids` end an answer.
       questions: in any order.
       kept: answers so far.
       mode: see `Mode`.
@@ -110,7 +110,7 @@ def ask(
         # A batch that is not full is filled up, so that fewer programs are compiled.
         filled = batch + batch[:1] * (batch_size - len(batch))
         if mode == "generate":
-            stop = tuple((token,) for token in {tokenizer.start_id, tokenizer.end_id} - {None})
+            stop = tuple((token,) for token in sorted(tokenizer.stop_ids))
             options = Generation(batch[0].new_tokens, segment=segment, stop=stop)
             rows = generate(model, [question.prompt_P for question in filled], options)
             found = [Answer(tokenizer.decode(row.tokens)) for row in rows]

@@ -14,6 +14,7 @@ from infinicontext.data.images import ImageData, load_images
 from infinicontext.data.instructions import InstructionData
 from infinicontext.data.pipeline import CorpusData, Data, PasskeyData, tokenizer_of
 from infinicontext.data.recall import RecallData
+from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.accuracy import evaluate_accuracy
 from infinicontext.evaluation.babilong import BabiLong
@@ -107,6 +108,7 @@ def evaluate(
     say: Callable[[str], None],
     output: Path | None = None,
     about: dict | None = None,
+    speaker: Tokenizer | None = None,
 ) -> Iterator[tuple[str, dict]]:
     """Runs the tasks, one after another.
 
@@ -120,6 +122,7 @@ def evaluate(
       say: told of progress.
       output: the result's file; answers to questions are kept beside it as they come, so that an evaluation that is killed goes on.
       about: what is evaluated; answers of something else are not used.
+      speaker: the tokenizer with what the model begins texts with and ends answers with; None: that of the data.
 
     Yields:
       A task's name and its result (see its own file), as soon as it is there. Lengths beyond `evaluation.capacity` are listed as skipped
@@ -130,6 +133,7 @@ def evaluate(
     """
     _check_tasks(evaluation, data)
     tokenizer = tokenizer_of(data)
+    speaker = speaker or tokenizer
     lengths = sorted(set(evaluation.lengths))
     grows = state_grows(model)
     limit = evaluation.capacity if grows else max(lengths)
@@ -143,6 +147,7 @@ def evaluate(
     files = lambda task: {"file": output and output.with_suffix(f".{task}.jsonl"), "about": about}
     how = {"segment": evaluation.segment, "say": say}
     seeded = how | {"seed": evaluation.seed}
+    room = {"limit": limit if grows else None}
     asked = get_args(Questions)
     for task in evaluation.tasks:
         match task:
@@ -173,17 +178,17 @@ def evaluate(
                 say(f"accuracy {result['accuracy']:.4f} of {result['images']} images")
                 yield task, result
             case "passkey":
-                yield task, of_all(evaluate_passkey(model, tokenizer, evaluation.passkey, readable, **seeded, **files(task)))
+                yield task, of_all(evaluate_passkey(model, speaker, evaluation.passkey, readable, **seeded, **files(task)))
             case "recall":
                 yield task, of_all(evaluate_recall(model, data, evaluation.recall, readable, **seeded))
             case "summarisation":
                 config, more = evaluation.summarisation, seeded | files(task)
                 yield task, of_all(evaluate_summaries(model, tokenizer, data, config, readable, **more))
             case "ruler":
-                yield task, of_all(evaluate_ruler(model, tokenizer, evaluation.ruler, readable, **how, **files(task)))
+                yield task, evaluate_ruler(model, speaker, evaluation.ruler, lengths, **room, **how, **files(task))
             case _ if task in asked:
-                kind, room = getattr(evaluation, task), {"limit": limit if grows else None}
-                yield task, evaluate_questions(model, tokenizer, task, kind, evaluation.asking, lengths, **room, **seeded, **files(task))
+                kind = getattr(evaluation, task)
+                yield task, evaluate_questions(model, speaker, task, kind, evaluation.asking, lengths, **room, **seeded, **files(task))
 
 
 def _check_tasks(evaluation: Evaluation, data: Data) -> None:

@@ -3,6 +3,7 @@
 The prompts are those of the evaluation, from other seeds; as InstructionData with template "raw" a model reads them as it will be asked.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import get_args
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import load_corpora
-from infinicontext.evaluation.ruler.generate import generate
+from infinicontext.evaluation.ruler.generate import RulerLengthError, generate
 from infinicontext.evaluation.ruler.tasks import TASKS, continuation
 from infinicontext.evaluation.suite import Evaluation, Questions
 
 ALLOWED = (*get_args(Questions), *TASKS)
 OFFICIAL_SAMPLES = 500  # of each of RULER's tasks
+OF_A_SEED = 20
+SEEDS = 10**6  # of RULER's generators to each seed of training questions
 SUITE_SEEDS = (42, 123)  # of the papers' settings (evaluation/suites.py)
 
 
@@ -96,11 +99,23 @@ def _facts(evaluation: Evaluation, task: str) -> str:
 
 
 def _ruler(task: str, tokenizer: Tokenizer, evaluation: Evaluation, length: int, samples: int, seed: int) -> list[tuple[str, list[str]]]:
+    """Samples of a task by many seeds: those of one have their answers at places that are drawn once, which could be learnt by heart."""
     config = evaluation.ruler
     loaded = load_corpora(config.folder, (task,), config.splitter)
     if task in loaded.missing:
         raise UserError(loaded.missing[task])
     # The questions of qa are those of a file, of which an evaluation asks the first.
-    first = max(OFFICIAL_SAMPLES, config.samples)
-    request = config.request(length, tokenizer, seed=seed, first=first)
-    return [(sample.input + sample.answer_prefix, sample.outputs) for sample in generate(task, request, loaded.corpora, samples)]
+    first, found, too_long = max(OFFICIAL_SAMPLES, config.samples), [], None
+    # None of the seeds is one that evaluates, which are small.
+    seeds = (number for number in itertools.count(SEEDS * (seed + 1)) if number != config.seed)
+    for at, drawn in zip(range(0, samples, OF_A_SEED), seeds):
+        request = config.request(length, tokenizer, seed=drawn, first=first + at)
+        try:
+            made = generate(task, request, loaded.corpora, min(OF_A_SEED, samples - at))
+        except RulerLengthError as error:
+            too_long = error
+            continue
+        found += [(sample.input + sample.answer_prefix, sample.outputs) for sample in made]
+    if too_long and not found:
+        raise too_long
+    return found

@@ -28,7 +28,7 @@ from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.checks import check_devices, check_ids, check_reference
 from infinicontext.training.loop import enable_compilation_cache
 from infinicontext.training.step import make_steps
-from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore
+from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore, speaker
 
 
 def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.Path, step: int | None = None) -> None:
@@ -110,6 +110,7 @@ def _results(
         say=say,
         output=output,
         about={"model": to_plain(experiment.model), "parameters": parameters_fingerprint(model)},
+        speaker=speaker(folder, experiment),
     )
     if "selection" in tasks:
         reference, tokenizer = reference_of(experiment, mesh), tokenizer_of(experiment.data)

@@ -23,7 +23,7 @@ from infinicontext.data.images import ImageData
 from infinicontext.data.instructions import InstructionData, start_and_end
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.recall import RecallData
-from infinicontext.data.tokenizers import Tokenizer, load_tokenizer
+from infinicontext.data.tokenizers import Tokenizer, load_tokenizer, speaking
 from infinicontext.errors import UserError
 from infinicontext.experiment import Experiment
 from infinicontext.files import new_folder
@@ -82,24 +82,45 @@ def load_model(folder: pathlib.Path, mesh: Mesh, *, dtype: str | None = None, st
         config = experiment.model if dtype is None else _with_dtype(experiment.model, dtype)
         model = merged(restore(folder, config, mesh, step)[1])
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
-        tokenizer, kept = _own_tokenizer(experiment), _kept(folder, experiment)
-        if isinstance(experiment.data, InstructionData | BookData):
-            # What the model was tuned to read and to end with, whatever its tokenizer adds and the model before it did.
-            start, end = start_and_end(experiment.data, tokenizer)
-            return Loaded(model, tokenizer, start, (end, *(stop_ids(kept) if kept else ())))
+        tokenizer = _own_tokenizer(experiment)
+        start, stop = _start_and_stop(folder, experiment, tokenizer)
     elif step is not None:
         raise UserError(f"--step is {step}, but {folder} is no run folder and has no checkpoints")
     else:
         model = _load_pretrained(folder, mesh, dtype, rope)
-        kept = folder if (folder / "tokenizer.json").exists() else None
-        tokenizer = load_tokenizer(str(folder)) if kept else None
+        tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").exists() else None
+        start, stop = (None, stop_ids(folder)) if tokenizer else ((), ())
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+    return Loaded(model, tokenizer, start, stop)
+
+
+def speaker(run: pathlib.Path, experiment: Experiment) -> Tokenizer | None:
+    """The tokenizer of a run as its model reads and answers: with what begins a text in use, and with all that ends an answer."""
+    tokenizer = _own_tokenizer(experiment)
+    if tokenizer is None:
+        return None
+    start, stop = _start_and_stop(run, experiment, tokenizer)
+    if start is None:
+        whole = tokenizer.library.encode("a").ids
+        start = whole[: len(whole) - len(tokenizer.encode("a"))]
+    return speaking(tokenizer, start[0] if start else None, stop)
+
+
+def _start_and_stop(
+    run: pathlib.Path, experiment: Experiment, tokenizer: Tokenizer | None
+) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """`start` and `stop` of Loaded."""
+    kept = _kept(run, experiment)
+    if isinstance(experiment.data, InstructionData | BookData):
+        # What the model was tuned to read and to end with, whatever its tokenizer adds and the model before it did.
+        start, end = start_and_end(experiment.data, tokenizer)
+        return start, (end, *(stop_ids(kept) if kept else ()))
     if kept:
-        return Loaded(model, tokenizer, None, stop_ids(kept))
+        return None, stop_ids(kept)
     start = () if tokenizer is None or tokenizer.start_id is None else (tokenizer.start_id,)
     # Documents follow one another in training, so the start of the next is the end of this one.
-    return Loaded(model, tokenizer, start, start)
+    return start, start
 
 
 def _with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:

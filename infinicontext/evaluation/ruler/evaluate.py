@@ -61,6 +61,7 @@ def evaluate_ruler(
     config: RulerEvaluation,
     lengths: list[int],
     *,
+    limit: int | None = None,
     segment: int,
     say=lambda line: None,
     file: Path | None = None,
@@ -73,6 +74,7 @@ def evaluate_ruler(
       tokenizer: decides how much text a length holds.
       config: which tasks and samples.
       lengths: tokens, those to be generated included.
+      limit: the longest that the model has room for; None: any. Longer ones are not asked, and count as 0 in the summary.
       segment: tokens per call while a prompt is read.
       say: told of progress, a line per task and length.
       file: keeps answers, so that nothing is done twice after an interruption.
@@ -89,10 +91,13 @@ def evaluate_ruler(
     kept = Answers(file, (about or {}) | {"mode": config.mode, "tokenizer": tokenizer.fingerprint()})
     decoded = config.mode == "generate"
     by_length, by_depth, predictions = [], [], []
-    skipped = [{"length": length, "task": task, "reason": reason} for length in lengths for task, reason in loaded.missing.items()]
+    asked = [length for length in lengths if limit is None or length <= limit]
+    too_long = f"the state grows with length and evaluation.capacity is {limit}"
+    skipped = [{"length": length, "reason": too_long} for length in lengths if length not in asked]
+    skipped += [{"length": length, "task": task, "reason": reason} for length in asked for task, reason in loaded.missing.items()]
     for task, reason in loaded.missing.items():
         say(f"ruler {task}: left out, {reason}")
-    for length in lengths:
+    for length in asked:
         scores, needles = {}, []
         for task in config.tasks:
             if task in loaded.missing:
@@ -152,11 +157,14 @@ def evaluate_ruler(
         f"read in one stream from an empty state, {how[config.mode]} in percent, 95% intervals."
         + (f" Not comparable with published numbers: {', '.join(strange)}." if strange else "")
     )
-    asked = {"predictions": predictions} if config.predictions else {}
-    threshold = THRESHOLDS["base" if config.chat == "base" else "chat"]
-    added = {"summary": summary(whole, threshold) | {"threshold": threshold}} if whole and decoded else {}
+    more = {"predictions": predictions} if config.predictions else {}
+    if whole and decoded:
+        threshold = THRESHOLDS["base" if config.chat == "base" else "chat"]
+        unread = dict.fromkeys(sorted(set(lengths) - set(asked)), 0.0)
+        unknown = [length for length in asked if length not in whole]
+        more["summary"] = summary(whole | unread, threshold, unknown) | {"threshold": threshold, "unread": list(unread)}
     about = {"protocol": protocol, "mode": config.mode, "version": VERSION, "corpora": loaded.ids}
-    return about | {"by_length": by_length, "by_depth": by_depth, "skipped": skipped} | added | asked
+    return about | {"by_length": by_length, "by_depth": by_depth, "skipped": skipped} | more
 
 
 def _question(task: str, sample: Sample, length: int, tokenizer: Tokenizer) -> Question:

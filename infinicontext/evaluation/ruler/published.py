@@ -39,6 +39,7 @@ def html_table(runs: list[Run]) -> str:
 def _own(run: Run) -> list[str]:
     found = run.task("ruler")
     scores = {entry["length"]: entry["score"] for entry in found["by_length"] if "score" in entry}
+    scores |= dict.fromkeys(found["summary"].get("unread", ()), 0.0)
     of_length = (f"{scores[length]:.1f}" if length in scores else "-" for length in LENGTHS)
     # Means over other lengths are no numbers to stand beside these.
     whole = scores.keys() == set(LENGTHS)

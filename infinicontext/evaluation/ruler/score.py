@@ -1,6 +1,6 @@
 """How RULER's answers are scored, and what scores by length add up to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS, Questions
@@ -49,12 +49,13 @@ def length_score(by_task: Mapping[str, float]) -> float:
     return sum(by_task[task] for task in TASKS) / len(TASKS)
 
 
-def summary(by_length: Mapping[int, float], threshold: float = THRESHOLDS["chat"]) -> dict:
+def summary(by_length: Mapping[int, float], threshold: float = THRESHOLDS["chat"], unknown: Collection[int] = ()) -> dict:
     """What a model's scores by length come to.
 
     Args:
-      by_length: scores in percent by tokens.
+      by_length: scores in percent by tokens; 0 for a length that the model cannot read, as in the published table.
       threshold: what a score must exceed.
+      unknown: lengths without a score, beyond which nothing is called effective.
 
     Returns:
       avg; wavg_inc and wavg_dec, with weights that rise or fall by rank of the length; effective, the longest length up to which all exceed
@@ -63,14 +64,18 @@ def summary(by_length: Mapping[int, float], threshold: float = THRESHOLDS["chat"
     lengths = sorted(by_length)
     scores, count = [by_length[length] for length in lengths], len(lengths)
     weighted = lambda ranks: sum(rank * score for rank, score in zip(ranks, scores)) / (count * (count + 1) / 2)
-    passed = [length for length, score in zip(lengths, scores) if score > threshold]
-    effective = next((last for last, n in reversed(list(zip(lengths, range(1, count + 1)))) if passed[:n] == lengths[:n]), None)
-    label = f"<{lengths[0]}" if effective is None else f">{effective}" if effective == lengths[-1] else str(effective)
+    passed = [length for length in lengths if by_length[length] > threshold]
+    asked, effective = sorted({*lengths, *unknown}), None
+    for length in asked:
+        if length not in passed:
+            break
+        effective = length
+    label = "unknown" if asked[0] in unknown else f"<{asked[0]}" if effective is None else f">{effective}"
     return {
         "avg": sum(scores) / count,
         "wavg_inc": weighted(range(1, count + 1)),
         "wavg_dec": weighted(range(count, 0, -1)),
         "effective": effective,
-        "effective_label": label,
+        "effective_label": label if effective in (None, asked[-1]) else str(effective),
         "passes": passed,
     }

@@ -3,6 +3,7 @@
 The texts are the benchmark's fixed data (NVIDIA/RULER, Apache-2.0; NOTICE).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -131,12 +132,21 @@ CHATS = {
 
 
 def continuation(task: str, prompt: str, outputs: Sequence[str]) -> str:
-    """The right answer as it goes on from a prompt, listed as in the task's own example; of answers that are each right, the first."""
+    """The right answer as it goes on from a prompt, listed as in the task's own example; of answers that are each right, the first.
+
+    Where the prompt does not say in which order, answers come in the order in which they first stand in it.
+    """
     kind = TASKS[task]
     if isinstance(kind, CommonWords):
+        listed = prompt[prompt.rfind(TEXTS[CommonWords].body[:20]) :]
+        outputs = sorted(outputs, key=lambda word: re.search(rf"\. {re.escape(word)}\s", listed).start())
         said = " ".join(f"{number}. {word}" for number, word in enumerate(outputs, start=1))
     elif isinstance(kind, Variables):
         said = " ".join(outputs)
+    elif isinstance(kind, Questions):
+        said = outputs[0]
     else:
-        said = outputs[0] if isinstance(kind, Questions) else ", ".join(outputs)
+        if isinstance(kind, Needles) and kind.query_count == 1:
+            outputs = sorted(outputs, key=prompt.index)
+        said = ", ".join(outputs)
     return said if prompt.endswith(" ") else f" {said}"
