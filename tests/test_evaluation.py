@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infinicontext import models
 from infinicontext.data.corpora import Corpus, load_corpus
-from infinicontext.data.passkey import FILLER, INSTRUCTION, KEY_LINE, QUESTION
+from infinicontext.data.passkey import FILLER, INSTRUCTION, KEY_LINE, QUESTION, passkey_sample
 from infinicontext.data.tokenizers import ByteTokenizer, load_tokenizer
 from infinicontext.evaluation import passkey as passkey_module
 from infinicontext.evaluation.passkey import PasskeyEvaluation, answer_greedily, evaluate_passkey
@@ -29,9 +29,9 @@ VOCAB = 17
 
 
 @functools.cache
-def tiny(kind: str):
+def tiny(kind: str, vocab_size: int = VOCAB):
     options = {"full": {}, "window": {"attention": "window", "window": 5}, "last_token": {"attention": "window", "window": 1}}
-    config = TransformerConfig(vocab_size=VOCAB, dim=16, layers=1, heads=2, feed_forward=16, remat=False, **options[kind])
+    config = TransformerConfig(vocab_size=vocab_size, dim=16, layers=1, heads=2, feed_forward=16, remat=False, **options[kind])
     return models.build(config, nnx.Rngs(0))
 
 
@@ -82,6 +82,24 @@ def test_every_length_scores_the_same_tokens():
         assert (row["tokens"], row["documents"]) == (30, 3)
         spread = 1.96 * nll_B.std(ddof=1) / math.sqrt(3)
         assert row["interval"] == pytest.approx([nll_B.mean() - spread, nll_B.mean() + spread], abs=1e-5)
+
+
+def test_every_context_begins_as_documents_do():
+    """With the start token, which is one of the L tokens."""
+    config = PerplexityEvaluation(scored=10)
+    found = evaluate_perplexity(tiny("full"), CORPUS, config, [10, 25, 40], limit=40, segment=8, start_id=VOCAB - 1)
+    tokens_BS = np.stack([CORPUS.document(i)[:41] for i in (1, 3, 4)])
+    for row in found["by_length"]:
+        part_BS = tokens_BS[:, 40 - row["length"] :].copy()
+        part_BS[:, 0] = VOCAB - 1
+        assert row["nll"] == pytest.approx(direct_losses(tiny("full"), part_BS)[:, -10:].mean(), abs=1e-5)
+
+
+def test_positions_are_those_of_the_document_for_a_model_that_reads_less():
+    losses_BL = direct_losses(tiny("full"), np.stack([CORPUS.document(i)[:11] for i in (1, 3, 4)]))
+    buckets = evaluated("full", limit=10)["by_position"]
+    assert buckets[-1]["to"] == 11
+    assert buckets[2]["nll"] == pytest.approx(losses_BL[:, 3:7].mean(), abs=1e-5)
 
 
 def test_context_changes_nothing_for_a_model_that_sees_one_token():
@@ -337,6 +355,23 @@ def test_an_evaluation_that_was_killed_asks_for_what_is_missing(tmp_path, monkey
     assert "seconds" not in evaluated(about={"parameters": "a"})["by_length"][0]
     evaluated(about={"parameters": "b"})
     assert len(file.read_text().splitlines()) == 2 * (1 + 12) + 1
+
+
+def test_keys_that_are_read():
+    """Teacher-forced, each token counts by itself after the right ones; a row is asked as it stands alone."""
+    tokenizer = load_tokenizer("passkey")
+    model = tiny("full", tokenizer.vocab_size)
+    config = PasskeyEvaluation(depths=(0.5,), samples=5, batch_size=4, digits=DIGITS, mode="teacher_forced", predictions=True)
+    found = evaluate_passkey(model, tokenizer, config, [130], segment=64, seed=3)
+    assert found["mode"] == "teacher_forced"
+    for i, prediction in enumerate(found["predictions"]):
+        row, start = passkey_sample(tokenizer, 131, 0.5, np.random.default_rng((3, 130, 0, i)), DIGITS)
+        logits_1TV, _ = model(row[None, :-1], model.init_state(1, capacity=130))
+        said_A = np.argmax(logits_1TV[0, start - 1 :], axis=-1)
+        assert prediction["answer"] == tokenizer.decode(said_A)
+        assert prediction["digits"] == np.mean(said_A == row[start:])
+    oracle = Oracle("passkey", 500, DIGITS)
+    assert evaluate_passkey(oracle, tokenizer, config, [130], segment=64, seed=3)["by_length"][0]["exact"] == 1
 
 
 def test_the_segment_changes_nothing():

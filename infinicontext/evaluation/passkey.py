@@ -1,13 +1,14 @@
-"""Passkey accuracy over length and depth, by greedy decoding through the stream.
+"""Passkey accuracy over length and depth, decoded or teacher-forced, through the stream.
 
-Shape letters: B samples of a batch, L tokens of a sample, P tokens of the prompt, A tokens of the answer, D channels.
+Shape letters: B samples of a batch, L tokens of a prompt with its answer, P of the prompt, A of the answer, T of one call, D channels,
+V vocabulary.
 """
 
 import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,15 @@ from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.intervals import mean_with_interval
+from infinicontext.evaluation.questions import Mode
 from infinicontext.inference.generate import NOT_FINITE
 from infinicontext.models.streaming import Model, read
 
 PROTOCOL = (
     "Passkey in the format of Infini-attention's appendix B; a sample of length L is L tokens read in one stream from an empty state, the "
-    "key decoded greedily; exact = all of its tokens right, digits = share of its tokens that are right; 95% Wilson intervals."
+    "key {how}; exact = all of its tokens right, digits = share of its tokens that are right; 95% Wilson intervals."
 )
+HOW = {"generate": "decoded greedily", "teacher_forced": "read, and a token of it right where it is the likeliest"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,15 @@ class PasskeyEvaluation:
     samples: int = 20  # per length and depth
     batch_size: int = 10
     digits: int = 5
+    mode: Mode = "generate"
     predictions: bool = False  # whether the result holds every answer
 
     def __post_init__(self):
         for name in ("samples", "batch_size", "digits"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.passkey.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"evaluation.passkey.mode is {self.mode}; it must be one of {', '.join(get_args(Mode))}")
         if self.digits > 18:
             raise UserError(f"evaluation.passkey.digits is {self.digits}; it must be from 1 to 18")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
@@ -63,14 +69,26 @@ def answer_greedily(model: Model, prompt_BP: jax.Array, answer_length: int, *, s
     _, state = read(model, prompt_BP[:, :-1], model.init_state(B, capacity=P + answer_length - 1), segment=segment)
 
     def decode(carry, _):
-        token_B, state = carry
-        hidden_B1D, state = model.hidden(token_B[:, None], state)
-        logits_BV = model.logits(hidden_B1D)[:, 0]
-        token_B = jnp.where(jnp.isfinite(logits_BV).all(axis=-1), jnp.argmax(logits_BV, axis=-1), -1).astype(jnp.int32)
-        return (token_B, state), token_B
+        said_B1, state = _likeliest(model, *carry)
+        return (said_B1, state), said_B1[:, 0]
 
-    _, answer_AB = jax.lax.scan(decode, (prompt_BP[:, -1], state), length=answer_length)
+    _, answer_AB = jax.lax.scan(decode, (prompt_BP[:, -1:], state), length=answer_length)
     return answer_AB.T
+
+
+def answer_forced(model: Model, row_BL: jax.Array, answer_length: int, *, segment: int) -> jax.Array:
+    """The same where the right answer ends the row and is read: what the model would have said in place of each of its tokens."""
+    B, L = row_BL.shape
+    before = L - answer_length - 1
+    _, state = read(model, row_BL[:, :before], model.init_state(B, capacity=L - 1), segment=segment)
+    return _likeliest(model, row_BL[:, before:-1], state)[0]
+
+
+def _likeliest(model: Model, token_BT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    hidden_BTD, state = model.hidden(token_BT, state)
+    logits_BTV = model.logits(hidden_BTD)
+    said_BT = jnp.where(jnp.isfinite(logits_BTV).all(axis=-1), jnp.argmax(logits_BTV, axis=-1), -1)
+    return said_BT.astype(jnp.int32), state
 
 
 def evaluate_passkey(
@@ -99,12 +117,13 @@ def evaluate_passkey(
       about: what is evaluated; answers of something else are not used.
 
     Returns:
-      protocol, decode, digits; cells: exact, digits and a 95% interval for each length and depth; by_length: the same over all depths, with
-      the reading speed where something was read; predictions: on request; skipped: lengths with the reason.
+      protocol, mode, digits, seed; cells: exact, digits and a 95% interval for each length and depth; by_length: the same over all depths,
+      with the reading speed where something was read; predictions: on request; skipped: lengths with the reason.
     """
-    kept = Answers(file, (about or {}) | {"seed": seed, "tokenizer": tokenizer.fingerprint()})
+    kept = Answers(file, (about or {}) | {"mode": config.mode, "seed": seed, "tokenizer": tokenizer.fingerprint()})
     cells, by_length, predictions, skipped = [], [], [], []
-    run = jax.jit(answer_greedily, static_argnums=2, static_argnames="segment")
+    decoded = config.mode == "generate"
+    run = jax.jit(answer_greedily if decoded else answer_forced, static_argnums=2, static_argnames="segment")
     for length in lengths:
         right: dict[float, list[float]] = {depth: [] for depth in config.depths}
         tokens, seconds, compiled = 0, 0.0, {}
@@ -114,15 +133,16 @@ def evaluate_passkey(
                     start = len(todo[0].question.prompt_P)
                     # A batch that is not full is filled up with its first sample, so that a length is compiled once.
                     filled = todo + todo[:1] * (config.batch_size - len(todo))
-                    prompt_BP = np.stack([sample.question.prompt_P for sample in filled])
+                    whole = [np.concatenate([sample.question.prompt_P, sample.key_A]) for sample in filled]
+                    row_BL = np.stack(whole)[:, : start if decoded else None]
                     if start not in compiled:
-                        compiled[start] = run.lower(model, prompt_BP, length + 1 - start, segment=segment).compile()
+                        compiled[start] = run.lower(model, row_BL, length + 1 - start, segment=segment).compile()
                     clock = time.perf_counter()
-                    answer_BA = np.asarray(compiled[start](model, prompt_BP))[: len(todo)]
+                    answer_BA = np.asarray(compiled[start](model, row_BL))[: len(todo)]
                     seconds += time.perf_counter() - clock
                     if (answer_BA < 0).any():
                         raise UserError(NOT_FINITE)
-                    tokens += prompt_BP.size
+                    tokens += start * len(row_BL)
                     for (question, key_A), answer_A in zip(todo, answer_BA):
                         kept.keep(question, Answer(tokenizer.decode(answer_A), float(np.mean(answer_A == key_A))))
                 for question, _ in batch:
@@ -144,8 +164,8 @@ def evaluate_passkey(
             f"passkey length {length}: exact {by_length[-1]['exact']:.2f}, digits {by_length[-1]['digits']:.2f}, "
             + (f"{tokens / seconds:,.0f} tokens/s" if seconds else "answered before")
         )
-    found = {"protocol": PROTOCOL, "decode": "greedy", "digits": config.digits, "cells": cells, "by_length": by_length, "skipped": skipped}
-    return found | ({"predictions": predictions} if config.predictions else {})
+    how = {"protocol": PROTOCOL.format(how=HOW[config.mode]), "mode": config.mode, "digits": config.digits, "seed": seed}
+    return how | {"cells": cells, "by_length": by_length, "skipped": skipped} | ({"predictions": predictions} if config.predictions else {})
 
 
 class _Sample(NamedTuple):

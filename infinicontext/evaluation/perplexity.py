@@ -51,6 +51,7 @@ def evaluate_perplexity(
     *,
     limit: int,
     segment: int,
+    start_id: int | None = None,
     norm_refresh: tuple[int, int, int] | None = None,
     say=lambda line: None,
 ) -> dict:
@@ -63,12 +64,13 @@ def evaluate_perplexity(
       lengths: context lengths of the comparison; the longest that some document has decides the documents.
       limit: the longest that this model can read; longer ones are skipped, but still decide the documents.
       segment: tokens per call.
+      start_id: the token that documents begin with, which every context begins with, too, as one of its L tokens; None: there is none.
       norm_refresh: as in `stream_losses`.
       say: told of progress, a line per length.
 
     Returns:
       protocol; by_length: nll (nats per token), perplexity, a 95% interval over documents, speed; by_position: nll in buckets
-      [2^i, 2^(i+1)) of the longest pass; skipped: lengths with the reason.
+      [2^i, 2^(i+1)) of the documents' first tokens, as many as the longest length that was read; skipped: lengths with the reason.
     """
     sizes = np.diff(corpus.starts)
     reach = max((length for length in lengths if length < sizes.max()), default=int(sizes.max()) - 1)
@@ -77,8 +79,8 @@ def evaluate_perplexity(
     result = {
         "protocol": (
             f"The last {config.scored} of the first {reach + 1} tokens of {len(chosen)} validation document(s) are scored after reading "
-            "L tokens that end with them, in one stream from an empty state: the same tokens at every L. By position: all tokens of the "
-            "longest such pass."
+            "L tokens that end with them, in one stream from an empty state: the same tokens at every L. By position: the documents' first "
+            "tokens, as many as the longest L that was read."
             + (f" Norm statistics are refreshed as the official MEGALODON code does: {norm_refresh}, in chunks." if norm_refresh else "")
         ),
         "by_length": [],
@@ -96,7 +98,9 @@ def evaluate_perplexity(
         if length < config.scored:
             result["skipped"].append({"length": length, "reason": f"shorter than the {config.scored} tokens that are scored"})
             continue
-        part_BS = tokens_BS[:, reach - length :]
+        part_BS = tokens_BS[:, reach - length :].copy()
+        if start_id is not None:
+            part_BS[:, 0] = start_id
         compiled = run.lower(model, part_BS, segment=segment, norm_refresh=norm_refresh).compile()
         clock = time.perf_counter()
         losses_BL = np.asarray(compiled(model, part_BS))
@@ -105,6 +109,7 @@ def evaluate_perplexity(
             at = np.argwhere(~np.isfinite(losses_BL))[0, 1] + 1
             result["skipped"].append({"length": length, "reason": f"the model's losses are not finite, first after {at} tokens"})
             continue
+        read_BL = losses_BL
         nll_B = losses_BL[:, -config.scored :].mean(axis=1)
         nll, error = float(nll_B.mean()), float(nll_B.std(ddof=1) / math.sqrt(len(nll_B))) if len(nll_B) > 1 else math.nan
         result["by_length"].append(
@@ -119,12 +124,17 @@ def evaluate_perplexity(
                 "tokens_per_second": losses_BL.size / seconds,
             }
         )
-        result["by_position"] = [
-            {"from": start, "to": min(2 * start, length + 1), "nll": float(bucket.mean()), "tokens": int(bucket.size)}
-            for start in (2**i for i in range(length.bit_length()))
-            if (bucket := losses_BL[:, start - 1 : 2 * start - 1]).size
-        ]
         say(f"perplexity length {length}: {as_perplexity(nll):.3f} ({nll:.4f} nats), {losses_BL.size / seconds:,.0f} tokens/s")
+    if result["by_length"]:
+        longest = result["by_length"][-1]["length"]
+        if longest < reach:
+            # The pass above has read the ends of what is too long for the model.
+            read_BL = np.asarray(run(model, tokens_BS[:, : longest + 1], segment=segment, norm_refresh=norm_refresh))
+        result["by_position"] = [
+            {"from": start, "to": min(2 * start, longest + 1), "nll": float(bucket.mean()), "tokens": int(bucket.size)}
+            for start in (2**i for i in range(longest.bit_length()))
+            if (bucket := read_BL[:, start - 1 : 2 * start - 1]).size and np.isfinite(bucket).all()
+        ]
     return result
 
 

@@ -56,12 +56,15 @@ def draw(runs: list[Run]) -> list[Plot]:
             corpora = by_group([run for run in runs if run.task(task)], lambda run, task=task: _corpus(run, task)).items()
             found += [_perplexity_by_length(group, corpus, task) for corpus, group in corpora]
             found += [_perplexity_by_position(group, corpus, task) for corpus, group in corpora]
-        mapped = [run for run in runs if run.task("passkey").get("cells")]
+        by_mode = by_group(
+            [run for run in runs if run.task("passkey").get("cells")], lambda run: run.task("passkey").get("mode", "generate")
+        )
         summarised = [run for run in runs if run.task("summarisation").get("by_length")]
-        found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
+        for mapped in by_mode.values():
+            found += [_passkey_map(mapped[start : start + 6]) for start in range(0, len(mapped), 6)]  # more would make an endless picture
         found += [
             *draw_ruler(runs),
-            _passkey_by_length(runs),
+            *map(_passkey_by_length, by_mode.values()),
             *(_summaries(group, source) for source, group in by_group(summarised, _books).items()),
         ]
         for task in QUESTION_TITLES:

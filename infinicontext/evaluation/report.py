@@ -132,7 +132,10 @@ def numbers(run: Run) -> dict[str, Number]:
     if read := sorted((entry["length"], perplexity(entry["nll"])) for entry in _measured(run, "perplexity", "nll")):
         found["perplexity_shortest"] = Number(read[0][1], read[0][0])
         found["perplexity_longest"] = Number(read[-1][1], read[-1][0])
-    if answered := sorted((entry["length"], entry["exact"]) for entry in _measured(run, "passkey", "exact")):
+    # Teacher-forced ones have a table of their own.
+    decoded = run.task("passkey").get("mode", "generate") == "generate"
+    answered = sorted((entry["length"], entry["exact"]) for entry in _measured(run, "passkey", "exact") if decoded)
+    if answered:
         found["passkey_longest"] = Number(answered[-1][1], answered[-1][0])
         if trained := [pair for pair in answered if pair[0] <= (run.train_length or 0)]:
             found["passkey_train_length"] = Number(trained[-1][1], trained[-1][0])

@@ -167,8 +167,8 @@ def evaluate(
                     "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
                     "baselines": ngram_losses(train, tokenizer.vocab_size, validation),
                 }
-                refresh = {"norm_refresh": evaluation.norm_refresh}
-                yield task, names | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, **refresh, **how)
+                more = {"norm_refresh": evaluation.norm_refresh, "start_id": tokenizer.start_id}
+                yield task, names | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, **more, **how)
             case "document_perplexity":
                 held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
                 names, config = {"corpus": data.source, "tokenizer": data.tokenizer}, evaluation.document_perplexity

@@ -41,8 +41,9 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
     if name == "smoke":
         length = experiment.train_length
         quick = dataclasses.replace(own.ruler, tasks=("niah_single_1", "vt", "fwe"), samples=min(own.ruler.samples, 5), example_budget=2000)
+        passkey = dataclasses.replace(own.passkey, mode="teacher_forced")
         return [
-            dataclasses.replace(own, tasks=("passkey", *perplexities), lengths=(length, 2 * length, 4 * length)),
+            dataclasses.replace(own, tasks=("passkey", *perplexities), lengths=(length, 2 * length, 4 * length), passkey=passkey),
             dataclasses.replace(own, tasks=("magic_number", "ruler"), lengths=(512, 1024), asking=forced, ruler=quick),
         ]
     if name == "standard":
