@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -41,6 +40,7 @@ from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasske
 from infinicontext.evaluation.questions import Asking, ask, evaluate_questions, majority, with_start
 from infinicontext.evaluation.suite import Questions
 from infinicontext.evaluation.suites import SUITES, suite
+from infinicontext.evaluation.summarisation import SummarisationEvaluation, rouge_scorer
 from infinicontext.evaluation.topics import Topics
 from infinicontext.experiment_file import one_experiment
 from infinicontext.inference.generate import Completion, Generation, generate
@@ -87,7 +87,7 @@ def test_golden_scores(golden):
         elif row["metric"] == "best_subspan_em":
             assert best_subspan(row["pred"], row["answers"]) == row["score"], row
         elif row["metric"] == "rouge":
-            found = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(row["ref"], row["pred"])
+            found = rouge_scorer(SummarisationEvaluation()).score(row["ref"], row["pred"])
             assert {name: value.fmeasure for name, value in found.items()} == pytest.approx({name: row[name] for name in found}, abs=1e-12)
         elif row["metric"] == "passkey_exact":
             assert first_number(row["pred"], row["key"]) == row["score"], row

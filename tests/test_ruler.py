@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from infinicontext import cli
+from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.tokenizers import ByteTokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation import questions
+from infinicontext.evaluation.needle import Needle
 from infinicontext.evaluation.ruler import corpora as corpora_file
 from infinicontext.evaluation.ruler import published
 from infinicontext.evaluation.ruler.corpora import load_corpora
@@ -27,10 +29,13 @@ from infinicontext.evaluation.ruler.score import category_means, cleaned, length
 from infinicontext.evaluation.ruler.tasks import CATEGORIES, TASKS, continuation
 from infinicontext.evaluation.ruler.words import Pairs, pairs
 from infinicontext.evaluation.runs import Run
-from infinicontext.evaluation.suite import Evaluation
+from infinicontext.evaluation.suite import Evaluation, corpora_of
 from infinicontext.evaluation.training_questions import write_questions
+from infinicontext.experiment import Experiment, to_plain
 from infinicontext.inference.generate import Completion
 from infinicontext.inference.score import Scored
+from infinicontext.models.transformer import TransformerConfig
+from infinicontext.training.evaluate import is_evaluated
 
 COUNTS = {
     "whitespace": lambda text: len(text.split()),
@@ -440,10 +445,30 @@ def test_essays_that_have_changed(tmp_path, monkeypatch):
     assert corpora_file.unofficial(loaded.ids) == ["essay"]
 
 
+def test_results_from_other_texts_are_not_taken_for_new_ones(folder, tmp_path):
+    needle = Needle(haystack=str(tmp_path / "hay*.txt"))
+    evaluation = Evaluation(tasks=("ruler", "needle"), ruler=RulerEvaluation(folder=str(folder)), needle=needle)
+    experiment = Experiment("one", TransformerConfig(), CorpusData(), steps=5, evaluation=evaluation)
+    (tmp_path / "hay1.txt").write_text("A text.")
+    results = {task: {"evaluation": to_plain(evaluation), "corpora": corpora_of(evaluation, task)} for task in evaluation.tasks}
+    assert (set(results["ruler"]["corpora"]), set(results["needle"]["corpora"])) == ({"essay", "squad", "hotpotqa"}, {"haystack"})
+    (tmp_path / "eval.json").write_text(json.dumps({"step": 5, "tasks": results}))
+    assert is_evaluated(experiment, tmp_path / "eval.json")
+    for path, text in ((tmp_path / "hay2.txt", "Another."), (folder / "PaulGrahamEssays.json", '{"text": "Mine."}')):
+        before = path.read_text() if path.exists() else None
+        path.write_text(text)
+        assert not is_evaluated(experiment, tmp_path / "eval.json")
+        if before is None:
+            path.unlink()
+        else:
+            path.write_text(before)
+        assert is_evaluated(experiment, tmp_path / "eval.json")
+
+
 EXPERIMENTS = """
 from infinicontext.data.pipeline import CorpusData
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
-from infinicontext.evaluation.suite import Evaluation
+from infinicontext.evaluation.suite import Evaluation, corpora_of
 from infinicontext.experiment import Experiment
 from infinicontext.models.transformer import TransformerConfig
 
@@ -491,6 +516,10 @@ def test_command(tmp_path, monkeypatch):
     run("eval", "run", "--evaluation.ruler.samples", "2")
     assert len(asked) == 1
     assert answers.read_text().splitlines()[:3] == lines[:3]
+    record = lambda: json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert record()["tokenizer"] == "bytes"
+    assert {"versions", "commit"} <= set(record())
+    assert record()["tasks"]["ruler"]["cost"]["peak_bytes"]["host"] > 0
     run("compare", "run", "--output", "report")
     assert "niah_single_2" in (tmp_path / "report" / "report.html").read_text()
 
@@ -502,6 +531,7 @@ def test_command(tmp_path, monkeypatch):
         ({"tasks": ()}, r"evaluation\.ruler\.tasks is empty"),
         ({"samples": 0}, r"evaluation\.ruler\.samples is 0"),
         ({"mode": "guess"}, r"evaluation\.ruler\.mode is guess; it must be one of generate, teacher_forced"),
+        ({"seed": -1}, r"evaluation\.ruler\.seed is -1; it must be from 0"),
         ({"singular": "none"}, r"evaluation\.ruler\.singular is none; it must be one of official, fixed"),
         ({"splitter": "dots"}, r"evaluation\.ruler\.splitter is dots"),
     ],

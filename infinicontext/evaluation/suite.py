@@ -1,6 +1,8 @@
 """What is measured of a trained model: the tasks by name, at lengths from within to far beyond what it was trained on."""
 
 import dataclasses
+import glob
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +30,7 @@ from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasske
 from infinicontext.evaluation.perplexity import PerplexityEvaluation, answer_perplexity, bits_per_byte, evaluate_perplexity, ngram_losses
 from infinicontext.evaluation.questions import Asking, evaluate_questions
 from infinicontext.evaluation.recall import RecallEvaluation, evaluate_recall
+from infinicontext.evaluation.ruler.corpora import present
 from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, evaluate_ruler
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, evaluate_summaries
 from infinicontext.evaluation.topics import Topics
@@ -84,13 +87,31 @@ class Evaluation:
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"evaluation.lengths is {self.lengths}; it must be one or more lengths of at least 1")
-        if self.seed < 0:
-            raise UserError(f"evaluation.seed is {self.seed}; it must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"evaluation.seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         for name in ("segment", "capacity"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.norm_refresh:
             check_refresh("evaluation.norm_refresh", self.norm_refresh)
+
+
+def corpora_of(evaluation: Evaluation, task: str) -> dict[str, str]:
+    """SHA-256 (hex) of the local texts that a task's questions are made from, by the name of the corpus or of the field."""
+    if task == "ruler":
+        found = {name: [path] for name, path in present(evaluation.ruler.folder, evaluation.ruler.tasks).items()}
+    elif task in get_args(Questions):
+        kind, found = getattr(evaluation, task), {}
+        for name in ("haystack", "books", "facts", "folder", "file"):
+            source = getattr(kind, name, None)
+            if source == "" and name in ("haystack", "books"):
+                found |= {essay: [path] for essay, path in present("", ("niah_single_2",)).items()}
+            elif source:
+                paths = sorted(Path(source).rglob("*")) if Path(source).is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))
+                found[name] = [path for path in paths if path.is_file()]
+    else:
+        return {}
+    return {name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() for name, paths in found.items() if paths}
 
 
 def state_grows(model: Model) -> bool:
@@ -162,6 +183,7 @@ def evaluate(
                 )
                 names = {
                     "corpus": data.source,
+                    "corpus_sha256": hashlib.sha256(held_out.tokens).hexdigest(),
                     "tokenizer": data.tokenizer,
                     "validation_nll": validation_nll,
                     "bits_per_byte": bits_per_byte(validation_nll, held_out, tokenizer.start_id),
@@ -171,7 +193,8 @@ def evaluate(
                 yield task, names | evaluate_perplexity(model, held_out, evaluation.perplexity, lengths, limit=limit, **more, **how)
             case "document_perplexity":
                 held_out = load_corpus(data.source, tokenizer, "validation", data.validation_fraction)
-                names, config = {"corpus": data.source, "tokenizer": data.tokenizer}, evaluation.document_perplexity
+                config = evaluation.document_perplexity
+                names = {"corpus": data.source, "corpus_sha256": hashlib.sha256(held_out.tokens).hexdigest(), "tokenizer": data.tokenizer}
                 yield task, names | evaluate_document_perplexity(model, held_out, tokenizer, config, lengths, limit=limit, **how)
             case "accuracy":
                 result = evaluate_accuracy(model, load_images(data, "validation"))

@@ -6,6 +6,7 @@ import time
 import unicodedata
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from infinicontext.inference.generate import Generation, generate
 from infinicontext.models.streaming import Model
 
 SCORES = ("rouge1", "rouge2", "rougeL")
+HOW = {"official": "runs of a-z and 0-9", "unicode": "letters, marks and numbers of Unicode"}
 RESAMPLES = 1000
 
 
@@ -29,12 +31,15 @@ class SummarisationEvaluation:
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    words: Literal["official", "unicode"] = "official"  # what ROUGE compares: runs of a-z and 0-9, or of any script's letters and numbers
     predictions: bool = False  # whether the result holds the summaries and not only their scores
 
     def __post_init__(self):
         for name in ("books", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.summarisation.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.words not in HOW:
+            raise UserError(f"evaluation.summarisation.words is {self.words}; it must be one of {', '.join(HOW)}")
         try:
             Generation(self.max_new_tokens, self.temperature, top_p=self.top_p)
         except UserError as error:
@@ -76,9 +81,6 @@ def evaluate_summaries(
     Raises:
       UserError: the books cannot be read, or none is in the validation split.
     """
-    # Here, because it takes a second to import.
-    from rouge_score.rouge_scorer import RougeScorer
-
     chosen = list(itertools.islice(encoded_books(data, tokenizer, "validation"), config.books))
     if not chosen:
         raise UserError(
@@ -91,11 +93,11 @@ def evaluate_summaries(
     protocol = (
         f"{len(chosen)} validation book(s); L tokens, the {data.part} of a book and the question, are read in one stream from an empty "
         f"state and up to {config.max_new_tokens} new tokens decoded {decode}. F1 by rouge-score {version('rouge-score')} without "
-        "stemming, words being letters, marks and numbers of Unicode; overall = cube root of ROUGE-1 x ROUGE-2 x ROUGE-L; 95% bootstrap "
-        "intervals over books."
+        f"stemming, words being {HOW[config.words]}; overall = cube root of ROUGE-1 x ROUGE-2 x ROUGE-L; 95% bootstrap intervals over "
+        "books."
     )
     names = {"protocol": protocol, "source": data.source, "tokenizer": data.tokenizer}
-    scorer = RougeScorer(SCORES, tokenizer=Words())
+    scorer = rouge_scorer(config)
     asked = {"seed": seed, "tokenizer": tokenizer.fingerprint(), "new_tokens": config.max_new_tokens}
     kept = Answers(file, (about or {}) | asked | {"temperature": config.temperature, "top_p": config.top_p})
     by_length, predictions, skipped = [], [], []
@@ -127,8 +129,16 @@ def evaluate_summaries(
     return found | ({"predictions": predictions} if config.predictions else {})
 
 
+def rouge_scorer(config: SummarisationEvaluation):
+    """rouge-score's, by the words that the config names."""
+    # Here, because it takes a second to import.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(SCORES, tokenizer=Words() if config.words == "unicode" else None)
+
+
 class Words:
-    """What rouge-score takes for a tokenizer; its own one keeps the letters a to z alone, so that most languages score 0."""
+    """What rouge-score takes for a tokenizer; its own keeps the letters a to z alone, so that most languages score 0."""
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a text in lower case: what letters, marks and numbers stand together."""

@@ -62,6 +62,8 @@ def write_questions(
             raise UserError(f"--tasks has {task}, whose questions are always the same; a model trained on them could not be asked any")
     if seed in (evaluation.seed, evaluation.ruler.seed, *SUITE_SEEDS):
         raise UserError(f"--seed is {seed}, which the evaluation asks by; training questions take another")
+    if not 0 <= seed < 2**32 // SEEDS - 1:
+        raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 // SEEDS - 2}")
     lines = []
 
     def add(task: str, length: int, prompt: str, response: str) -> None:

@@ -17,7 +17,7 @@ from infinicontext.data.reference import HEADER
 from infinicontext.errors import UserError
 from infinicontext.evaluation.labels import bytes_label
 from infinicontext.evaluation.selection import evaluate_categories, evaluate_selection
-from infinicontext.evaluation.suite import Evaluation, evaluate
+from infinicontext.evaluation.suite import Evaluation, corpora_of, evaluate
 from infinicontext.experiment import Experiment, to_plain
 from infinicontext.files import read_json, write_json
 from infinicontext.models.streaming import Model, abstract_state_bytes
@@ -27,6 +27,7 @@ from infinicontext.objectives.selective import Selective, of_validation
 from infinicontext.training.checkpoint import Checkpoints
 from infinicontext.training.checks import check_devices, check_ids, check_reference
 from infinicontext.training.loop import enable_compilation_cache
+from infinicontext.training.run_folder import commit, versions
 from infinicontext.training.step import make_steps
 from infinicontext.training.weights import load_model, merged, parameters_fingerprint, restore, speaker
 
@@ -64,7 +65,13 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         if any(before.get(key, value) != value for key, value in record.items()):
             before = {}
         record["state_bytes"] = before.get("state_bytes", {}) | {str(length): abstract_state_bytes(whole, length) for length in lengths}
-        record["tasks"] = before.get("tasks", {})
+        # Of the code that evaluates; what is there already may be of another.
+        record |= {
+            "versions": versions(),
+            "commit": commit(),
+            "tokenizer": getattr(tokenizer, "name", ""),
+            "tasks": before.get("tasks", {}),
+        }
         todo = []
         for task in experiment.evaluation.tasks:
             # What was left out for want of a file may be there now.
@@ -75,7 +82,8 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
         begin = time.perf_counter()
         for task, result in _results(experiment, tuple(todo), folder, mesh, model, say, output):
             cost = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
-            record["tasks"][task] = result | {"evaluation": to_plain(experiment.evaluation), "cost": cost}
+            sources = {"evaluation": to_plain(experiment.evaluation), "corpora": corpora_of(experiment.evaluation, task)}
+            record["tasks"][task] = result | sources | {"cost": cost}
             write_json(output, record)
             peaks = ", ".join(f"{where} {bytes_label(size)}" for where, size in cost["peak_bytes"].items())
             say(f"{task}: {cost['seconds']:.1f} s, most memory: {peaks}")
@@ -182,7 +190,8 @@ def is_evaluated(experiment: Experiment, output: pathlib.Path) -> bool:
 
 
 def _is_done(record: dict, task: str, evaluation: Evaluation) -> bool:
-    """Whether a result has a task with the same settings, whatever other tasks there are."""
-    settings = to_plain(evaluation)
-    before = record.get("tasks", {}).get(task, {}).get("evaluation", {})
-    return bool(before) and {**before, "tasks": None} == {**settings, "tasks": None}
+    """Whether a result has a task with the same settings and texts, whatever other tasks there are."""
+    result = record.get("tasks", {}).get(task, {})
+    if "evaluation" not in result or result.get("corpora", {}) != corpora_of(evaluation, task):
+        return False
+    return {**result["evaluation"], "tasks": None} == {**to_plain(evaluation), "tasks": None}

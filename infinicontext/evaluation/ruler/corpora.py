@@ -1,6 +1,7 @@
 """Texts that RULER's tasks read from and that are not ours to pass on: where they are looked for, and what to do where they are missing."""
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -23,6 +24,7 @@ class File(NamedTuple):
 
     name: str
     what: str
+    size: str
     source: str  # where it is from; of the essays, the list of their addresses
     sha256: str  # of what the official samples are made from (hex)
 
@@ -32,24 +34,28 @@ FILES = {  # in the order in which they are fetched
     "squad": File(
         "squad.json",
         "SQuAD 2.0, dev-v2.0.json",
+        "4.4 MB",
         "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
         "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
     ),
     "hotpotqa": File(
         "hotpotqa.json",
         "HotpotQA, hotpot_dev_distractor_v1.json",
+        "61 MB",
         "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json",
         "e3da074df24e8369009918aa5cdbdd254dadcde4c63f7569d36afd6f2268caa8",
     ),
     "english_words": File(
         "english_words.json",
         "RULER's list of English words",
+        "8.6 MB",
         f"https://media.githubusercontent.com/media/NVIDIA/RULER/{REVISION}/scripts/data/synthetic/json/english_words.json",
         "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca",
     ),
     "essay": File(
         "PaulGrahamEssays.json",
         'Paul Graham\'s essays, {"text": ...}',
+        "3.1 MB",
         f"https://raw.githubusercontent.com/NVIDIA/RULER/{REVISION}/scripts/data/synthetic/json/PaulGrahamEssays_URLs.txt",
         "8d31e1b660e0f2180bcca6d238e18f77921df9d158611582b860da1762b6d3dd",
     ),
@@ -79,6 +85,14 @@ def needed(task: str) -> str | None:
     return parameters.dataset if isinstance(parameters, Questions) else None
 
 
+def present(folder: str, tasks: tuple[str, ...]) -> dict[str, Path]:
+    """The files that tasks read and that are there."""
+    where = data_folder(folder)
+    # Long lists of words are read from english_words, if it is there.
+    names = dict.fromkeys([*(name for name in map(needed, tasks) if name), *(["english_words"] if "cwe" in tasks else [])])
+    return {name: path for name in names if (path := where / FILES[name].name).exists()}
+
+
 def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punkt") -> Loaded:
     """The corpora that tasks need.
 
@@ -91,11 +105,7 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
       UserError: a file that is there cannot be read.
     """
     where, contents, ids, missing = data_folder(folder), {}, {}, {}
-    # Long lists of words are read from english_words, if it is there.
-    for name in dict.fromkeys([*(name for name in map(needed, tasks) if name), *(["english_words"] if "cwe" in tasks else [])]):
-        path = where / FILES[name].name
-        if not path.exists():
-            continue
+    for name, path in present(folder, tasks).items():
         data = path.read_bytes()
         try:
             contents[name] = json.loads(data)
@@ -116,7 +126,11 @@ def load_corpora(folder: str, tasks: tuple[str, ...], splitter: Splitter = "punk
         name = needed(task)
         if name and name not in contents:
             file = FILES[name]
-            missing[task] = f"there is no {where / file.name}: {file.what}, which infinicontext download ruler fetches from {file.source}"
+            into = f" --folder {folder}" if folder else ""
+            missing[task] = (
+                f"there is no {where / file.name}: {file.what}, {file.size}, which infinicontext download ruler{into} fetches from "
+                f"{file.source} (without it: {', '.join(other for other in TASKS if needed(other) != name)})"
+            )
         elif name == "essay" and sentences is None:
             missing[task] = lacks
     words = contents.get("english_words")
@@ -213,7 +227,7 @@ def _fetch(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
             return answer.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{address}: {error}") from error
 
 

@@ -46,6 +46,8 @@ class RulerEvaluation:
         for name in ("samples", "batch_size", "example_budget"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.ruler.{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"evaluation.ruler.seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if not self.tasks:
             raise UserError("evaluation.ruler.tasks is empty; it must name one task or more")
 
