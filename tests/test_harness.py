@@ -1,6 +1,7 @@
 """lm-evaluation-harness: our adapter beside its own on the same tiny Llama, and RULER's samples as its tasks."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -183,8 +184,12 @@ def test_command(folder, tmp_path):
     command = [sys.executable, "-m", "infinicontext.cli", "lm-eval", "run", "--model", "infinicontext"]
     command += ["--model_args", f"model={folder},max_length=8192", "--tasks", ",".join([*names, "own_rolling"]), "--log_samples"]
     command += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    import os
+    # Whoever reaches for the network fails.
+    refuse = (
+        "import socket\ndef refuse(*given): raise OSError('there is no network')\nsocket.socket.connect = socket.getaddrinfo = refuse\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(refuse)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
 
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -296,6 +296,30 @@ def test_who_sees_only_the_end(kinds, monkeypatch, task):
     assert scores == {0.0: 0, 0.3: 0, 0.45: 0, 0.6: pytest.approx(1), 1.0: pytest.approx(1)}
 
 
+@pytest.mark.parametrize("task", ["passkey_beacon", "needle", "magic_number"])
+def test_needles_stand_where_their_depth_says(kinds, task):
+    """To the token, of the text without needle, question and what stands before the text; and prompts are as long as they are to be."""
+    size, tokenizer = 2048, ByteTokenizer()
+    alone = {"distractors": 0} if task == "magic_number" else {}
+    kind = dataclasses.replace(kinds[task][0], depths=(0.0, 0.31, 0.5, 0.77, 1.0), **alone)
+    for question in kind.questions(tokenizer, size, 2, 0):
+        text = tokenizer.decode(question.prompt_P)
+        assert len(question.prompt_P) == size == 1 + len(text)
+        if task == "passkey_beacon":
+            line = f"\n\nThe pass key is {question.answers[0]}. Remember it. {question.answers[0]} is the pass key.\n\n"
+            first, last = len(kind.description), size - 1 - len(kind.question) - len(line) - 1
+            assert text.index(line) == first + round((last - first) * question.place)
+        elif task == "needle":
+            room = size - 1 - len(kind.needle) - len(kind.question)
+            assert text.index(kind.needle) == round(room * question.place)
+        else:
+            line = f"\nThe special magic Singapore number is: {question.answers[0]}.\n"
+            book = text.split("<book>", 1)[1].split("</book>")[0].replace(line, "")
+            target, at = round(len(book) * question.place), text.index(line) - text.index("<book>") - len("<book>")
+            # Behind the first full stop from its depth on, if there is one.
+            assert at == (book.find(".", target) + 1 or target if target else 0)
+
+
 @pytest.mark.parametrize("task", ["key_value", "documents"])
 def test_positions_of_who_sees_only_the_end(kinds, monkeypatch, task):
     kind, pattern = kinds[task]

@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter
 
 import jax
+import nltk
 import numpy as np
 import pytest
 
@@ -226,10 +227,12 @@ def test_who_knows_the_answers_has_all_points(folder, monkeypatch, shuffle):
     if shuffle:
         assert entry["score"] < 10
         assert found["summary"]["effective_label"] == "<2048"
+        assert entry["categories_passed"] == []
     else:
         assert set(scores.values()) == {100.0}, scores
         assert entry["score"] == 100
         assert found["summary"]["effective_label"] == ">2048"
+        assert entry["categories_passed"] == list(CATEGORIES)
     assert "Not comparable" in found["protocol"]
 
 
@@ -373,6 +376,22 @@ def test_chats_and_files_of_a_user(folder):
     (folder / "squad.json").write_text("[]")
     with pytest.raises(UserError, match="qa_1: the file of squad has another form"):
         generate("qa_1", Request(1024, len), load_corpora(str(folder), ("qa_1",)).corpora, 1)
+
+
+@pytest.mark.golden
+def test_sentences_are_punkts(golden, tmp_path, monkeypatch):
+    """Untrained it needs no files; trained on English it splits the reference text as the reference did, and says what is missing."""
+    split = corpora_file.sentence_splitter("punkt", trained=False)
+    assert split("One is here. Two is there! Is three?") == ["One is here.", "Two is there!", "Is three?"]
+    monkeypatch.setattr("nltk.data.path", list(nltk.data.path))
+    try:
+        split = corpora_file.sentence_splitter("punkt", tmp_path)
+    except UserError as error:
+        assert re.search(r"punkt_tab is missing: infinicontext download ruler", str(error))  # noqa: PT017
+    else:
+        reference = json.loads((golden / "ruler" / "essay_sentences.json").read_text())["sentences"]
+        whole = re.sub(r"\s+", " ", (golden / "ruler" / "essay.txt").read_text()).strip()
+        assert split(whole) == reference
 
 
 ESSAYS = {

@@ -143,7 +143,7 @@ def evaluate_document_perplexity(
       say: told of progress, a line per length.
 
     Returns:
-      protocol; by_length: how many documents and tokens were scored, nll (nats per token), with a 95% interval over documents, the four
+      protocol; by_length: how many documents and tokens were scored, how many documents are long enough, nll (nats per token), with a 95% interval over documents, the four
       numbers of `perplexities`, of sliding windows also exp of the mean of their means (LongRoPE and EasyContext report that), speed;
       by_position: nll in ranges of 2,048 positions of the longest length; skipped: lengths with the reason.
     """
@@ -152,7 +152,8 @@ def evaluate_document_perplexity(
     run = jax.jit(stream_losses, static_argnames="segment")
     by_length, by_position, skipped, sliding = [], [], [], config.protocol == "sliding"
     for length in sorted(lengths):
-        chosen = np.flatnonzero(sizes >= length)[: config.documents]
+        qualifying = np.flatnonzero(sizes >= length)
+        chosen = qualifying[: config.documents]
         window = min(config.window or length, length) if sliding else length
         if reason := _reason(length, window, limit, start, int(sizes.max(initial=0)), chosen):
             skipped.append({"length": length, "reason": reason})
@@ -176,7 +177,14 @@ def evaluate_document_perplexity(
         words_N, bytes_N = np.array([len(text.split()) for text in scored]), np.array([len(text.encode()) for text in scored])
         tokens_N, nll_N = scored_Nn.sum(axis=1), losses_Nn.sum(axis=1)
         mean = float(nll_N.sum() / tokens_N.sum())
-        entry = {"length": length, "documents": len(chosen), "tokens": int(tokens_N.sum()), "nll": mean, "interval": None}
+        entry = {
+            "length": length,
+            "documents": len(chosen),
+            "qualifying": len(qualifying),
+            "tokens": int(tokens_N.sum()),
+            "nll": mean,
+            "interval": None,
+        }
         if len(chosen) > 1:
             error = float((nll_N / tokens_N).std(ddof=1) / math.sqrt(len(chosen)))
             entry["interval"] = [mean - 1.96 * error, mean + 1.96 * error]
@@ -197,7 +205,10 @@ def evaluate_document_perplexity(
         "stream": "each is read once in one stream from an empty state, every token scored once",
         "sliding": f"in sliding {window}; each begins with an empty state, what was scored is not scored again",
     }
-    protocol = f"The first L tokens of up to {config.documents} validation documents that have as many; {how[config.protocol]}."
+    protocol = (
+        f"The first L tokens of up to {config.documents} validation documents that have as many; {how[config.protocol]}. Each L has "
+        "documents and tokens of its own."
+    )
     return {"protocol": protocol, "by_length": by_length, "by_position": by_position, "skipped": skipped}
 
 

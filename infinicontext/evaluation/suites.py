@@ -72,7 +72,7 @@ def suite(name: str, experiment: Experiment) -> list[Evaluation]:
         lengths = lambda count: tuple(int(length) for length in np.linspace(8192, 131072, count))
         passkey, needle = (dataclasses.replace(kind, depths=TENTHS) for kind in (own.passkey_beacon, own.needle))
         return [
-            dataclasses.replace(own, tasks=("passkey_beacon",), lengths=lengths(20), passkey_beacon=passkey, asking=decoded),
+            dataclasses.replace(own, tasks=("passkey_beacon",), lengths=lengths(20), passkey_beacon=passkey, asking=decoded, seed=123),
             dataclasses.replace(own, tasks=("needle",), lengths=lengths(10), needle=needle, asking=decoded),
         ]
     if name == "paper:lost_in_the_middle":

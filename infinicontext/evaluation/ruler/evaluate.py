@@ -13,7 +13,16 @@ from infinicontext.evaluation.intervals import mean_with_interval
 from infinicontext.evaluation.questions import Mode, ask, with_start
 from infinicontext.evaluation.ruler.corpora import Splitter, load_corpora, unofficial
 from infinicontext.evaluation.ruler.generate import VERSION, Request, Sample, Singular, generate
-from infinicontext.evaluation.ruler.score import THRESHOLDS, category_means, cleaned, length_score, sample_score, summary, task_score
+from infinicontext.evaluation.ruler.score import (
+    CATEGORY_THRESHOLDS,
+    THRESHOLDS,
+    category_means,
+    cleaned,
+    length_score,
+    sample_score,
+    summary,
+    task_score,
+)
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS, Needles, continuation
 from infinicontext.models.streaming import Model
 
@@ -85,13 +94,13 @@ def evaluate_ruler(
     Returns:
       protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, the samples' mean length, speed;
       decoded, also empty answers, the score of the answers to other samples and, where it is not 100, the ceiling that the cut of answers
-      leaves; teacher-forced, the share of tokens; means of categories, and the score of the length if all tasks were scored; by_depth: of
+      leaves; teacher-forced, the share of tokens; means of categories, decoded also which of them pass Llama-2-7B's at 4K, and the score of the length if all tasks were scored; by_depth: of
       all needles that were asked for, the share that answers name, by tenth of the prompt that they stand in; summary over lengths with a
       score, if decoded; predictions: on request; skipped: tasks and lengths with reasons.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     kept = Answers(file, (about or {}) | {"mode": config.mode, "tokenizer": tokenizer.fingerprint()})
-    decoded = config.mode == "generate"
+    decoded, kind = config.mode == "generate", "base" if config.chat == "base" else "chat"
     by_length, by_depth, predictions = [], [], []
     asked = [length for length in lengths if limit is None or length <= limit]
     too_long = f"the state grows with length and evaluation.capacity is {limit}"
@@ -142,7 +151,10 @@ def evaluate_ruler(
             if (found := [named for depth, named in needles if min(int(10 * depth), 9) == tenth])
         ]
         values = {task: entry["score"] for task, entry in scores.items()}
-        entry = {"length": length, "tasks": scores, "categories": category_means(values)}
+        means = category_means(values)
+        entry = {"length": length, "tasks": scores, "categories": means}
+        if decoded:
+            entry["categories_passed"] = [name for name, mean in means.items() if mean > CATEGORY_THRESHOLDS[kind][name]]
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
     whole = {entry["length"]: entry["score"] for entry in by_length if "score" in entry}
     strange = [f"another {name}" for name in unofficial(loaded.ids)]
@@ -161,7 +173,7 @@ def evaluate_ruler(
     )
     more = {"predictions": predictions} if config.predictions else {}
     if whole and decoded:
-        threshold = THRESHOLDS["base" if config.chat == "base" else "chat"]
+        threshold = THRESHOLDS[kind]
         unread = dict.fromkeys(sorted(set(lengths) - set(asked)), 0.0)
         unknown = [length for length in asked if length not in whole]
         more["summary"] = summary(whole | unread, threshold, unknown) | {"threshold": threshold, "unread": list(unread)}
