@@ -143,8 +143,9 @@ def evaluate_document_perplexity(
       say: told of progress, a line per length.
 
     Returns:
-      protocol; by_length: how many documents and tokens were scored, how many documents are long enough, nll (nats per token), with a 95% interval over documents, the four
-      numbers of `perplexities`, of sliding windows also exp of the mean of their means (LongRoPE and EasyContext report that), speed;
+      protocol; by_length: how many documents and tokens were scored, how many documents are long enough, nll (nats per token), with a 95%
+      interval over documents, the four numbers of `perplexities`, of sliding windows also exp of the mean of their means (LongRoPE and
+      EasyContext report that), speed;
       by_position: nll in ranges of 2,048 positions of the longest length; skipped: lengths with the reason.
     """
     start = 0 if tokenizer.start_id is None else 1

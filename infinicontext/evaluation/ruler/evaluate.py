@@ -94,9 +94,10 @@ def evaluate_ruler(
     Returns:
       protocol, mode, version; by_length: for each the tasks' scores in percent with their 95% intervals, the samples' mean length, speed;
       decoded, also empty answers, the score of the answers to other samples and, where it is not 100, the ceiling that the cut of answers
-      leaves; teacher-forced, the share of tokens; means of categories, decoded also which of them pass Llama-2-7B's at 4K, and the score of the length if all tasks were scored; by_depth: of
-      all needles that were asked for, the share that answers name, by tenth of the prompt that they stand in; summary over lengths with a
-      score, if decoded; predictions: on request; skipped: tasks and lengths with reasons.
+      leaves; teacher-forced, the share of tokens; means of categories, decoded also which of them pass Llama-2-7B's at 4K, and the score
+      of the length if all tasks were scored; by_depth: of all needles that were asked for, the share that answers name, by tenth of the
+      prompt that they stand in; summary over lengths with a score, if decoded; predictions: on request; skipped: tasks and lengths with
+      reasons.
     """
     loaded = load_corpora(config.folder, config.tasks, config.splitter)
     kept = Answers(file, (about or {}) | {"mode": config.mode, "tokenizer": tokenizer.fingerprint()})
