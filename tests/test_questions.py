@@ -704,6 +704,7 @@ def test_training_questions(tmp_path, monkeypatch, capsys):
     assert all("Document" in line["prompt"] for line in lines if line["task"] == "documents")
     assert {line["prompt"][-1] + line["response"][0] == "  " for line in lines} == {False}
     cases = [(["--tasks", "niah"], "--tasks has niah"), (["--tasks", "vt", "--seed", "42"], "--seed is 42")]
+    cases += [(["--tasks", "vt", "--seed", str(seed)], f"--seed is {seed}; it must be from 0 to 4292") for seed in (-1, 4293)]
     cases += [(["--tasks", "needle"], "--tasks has needle, whose questions are always the same")]
     for options, message in cases:
         with pytest.raises(SystemExit):

@@ -143,7 +143,7 @@ def tiny():
 """
 
 
-def test_command(tmp_path, monkeypatch):
+def test_command(tmp_path, monkeypatch, capsys):
     """The values of the example are told from the others at least."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments.py").write_text(EXPERIMENTS)
@@ -164,6 +164,11 @@ def test_command(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "recall-by-state.png").is_file()
     with pytest.raises(SystemExit):
         run("eval", "run", "--tasks", "passkey")
+    before = (tmp_path / "run" / "eval.json").read_bytes()
+    with pytest.raises(SystemExit):
+        run("eval", "run", "--step", "10")
+    assert "--step is 10, but run/eval.json holds the results of step 30; give --output FILE" in capsys.readouterr().err
+    assert (tmp_path / "run" / "eval.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

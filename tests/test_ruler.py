@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import re
@@ -437,6 +438,14 @@ def test_download(tmp_path, monkeypatch):
     assert not list((tmp_path / "data").glob("squad*"))
     del web[files["squad"].source]
     with pytest.raises(UserError, match=r"could not be fetched .*no such address"):
+        again()
+
+    class Broken(io.BytesIO):
+        def read(self, *size):
+            raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda address, timeout: Broken())
+    with pytest.raises(UserError, match=r"could not be fetched .*IncompleteRead"):
         again()
 
 
