@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,9 @@ def test_ruler_tasks(tmp_path, capsys):
     assert [score(row, [f" {row['outputs'][0]}."])["recall"] for row in rows] == [100, 100]
     assert score(rows[0], [""])["recall"] == 0
     assert "max_gen_toks: 128" in (tmp_path / "tasks" / f"{names[0]}.yaml").read_text()
+    assert all(0 <= row["depths"][0] <= 1 and row["version"] for row in rows)
+    made = lambda folder, name: json.loads(re.search(r"^metadata: (.*)$", (folder / f"{name}.yaml").read_text(), re.MULTILINE)[1])
+    assert made(tmp_path / "tasks", names[0]) | {"length": 2048, "seed": 42, "not_comparable": []} == made(tmp_path / "tasks", names[0])
     with pytest.raises(UserError, match=r"none of RULER's vt could be made"):
         write_tasks(tmp_path / "tasks", ByteTokenizer(), RulerEvaluation(("vt",), 2), [2048])
     capsys.readouterr()
@@ -31,6 +35,8 @@ def test_ruler_tasks(tmp_path, capsys):
     cli.main(["ruler-tasks", str(tmp_path / "more"), "--tokenizer", "bytes", "--tasks", "vt", *budget.split()])
     assert capsys.readouterr().out.split() == ["infinicontext_vt_4096"]
     assert json.loads((tmp_path / "more" / "infinicontext_vt_4096.jsonl").read_text())["input"].startswith("[INST] ")
+    told = made(tmp_path / "more", "infinicontext_vt_4096")
+    assert (told["chat"], told["not_comparable"]) == ("meta-chat", ["another budget of the example"])
 
 
 def test_missing_harness(monkeypatch, capsys):

@@ -65,6 +65,13 @@ class RulerEvaluation:
         names = ("seed", "chat", "example_budget", "singular")
         return Request(length, lambda text: len(tokenizer.encode(text)), **{name: getattr(self, name) for name in names} | changes)
 
+    def deviations(self, ids: dict[str, str]) -> list[str]:
+        """What is not as in the official samples, given the SHA-256 of the corpora."""
+        found = [f"another {name}" for name in unofficial(ids)]
+        found += ["another splitter of sentences"] if self.splitter != "punkt" else []
+        found += ["another budget of the example"] if self.example_budget != 500 else []
+        return found + (["another rule of the singular"] if self.singular != "official" else [])
+
 
 def evaluate_ruler(
     model: Model,
@@ -139,7 +146,7 @@ def evaluate_ruler(
                 scores[task]["samples_per_second"] = speed
             predictions += [
                 {"length": length, "task": task, "index": sample.index, "answer": answer.text, "outputs": sample.outputs}
-                | {"length_actual": sample.length, "depths": _depths(sample)}
+                | {"length_actual": sample.length, "depths": depths(sample)}
                 for sample, answer in zip(samples, answers)
             ]
             ceiling, chance = scores[task].get("ceiling"), scores[task].get("chance")
@@ -158,10 +165,7 @@ def evaluate_ruler(
             entry["categories_passed"] = [name for name, mean in means.items() if mean > CATEGORY_THRESHOLDS[kind][name]]
         by_length.append(entry | ({"score": length_score(values)} if len(values) == len(TASKS) else {}))
     whole = {entry["length"]: entry["score"] for entry in by_length if "score" in entry}
-    strange = [f"another {name}" for name in unofficial(loaded.ids)]
-    strange += ["another splitter of sentences"] if config.splitter != "punkt" else []
-    strange += ["another budget of the example"] if config.example_budget != 500 else []
-    strange += ["another rule of the singular"] if config.singular != "official" else []
+    strange = config.deviations(loaded.ids)
     strange += [] if decoded else ["another way of scoring"]
     how = {
         "generate": "decoded greedily; recall of the references",
@@ -215,11 +219,11 @@ def _limits(task: str, samples: list[Sample], questions: list[Question], tokeniz
     return found | ({"ceiling": ceiling} if ceiling < 100 else {})
 
 
-def _depths(sample: Sample) -> list[float]:
+def depths(sample: Sample) -> list[float]:
     """Where in the prompt the values or assignments that are asked for stand: shares of its characters."""
     return [offset / len(sample.input) for offset in sample.offsets]
 
 
 def _needles(sample: Sample, answer: str) -> list[tuple[float, bool]]:
     """For each needle that is asked for, its depth and whether the answer names it."""
-    return [(depth, value.lower() in cleaned(answer).lower()) for depth, value in zip(_depths(sample), sample.outputs)]
+    return [(depth, value.lower() in cleaned(answer).lower()) for depth, value in zip(depths(sample), sample.outputs)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from infinicontext.data.tokenizers import Tokenizer
 from infinicontext.errors import UserError
 from infinicontext.evaluation.ruler.corpora import load_corpora
-from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
+from infinicontext.evaluation.ruler.evaluate import RulerEvaluation, depths
 from infinicontext.evaluation.ruler.generate import VERSION, generate
 from infinicontext.evaluation.ruler.score import cleaned, sample_score
 from infinicontext.evaluation.ruler.tasks import TASKS, TEXTS
@@ -35,9 +35,7 @@ metric_list:
   - metric: recall
     aggregation: mean
     higher_is_better: true
-metadata:
-  version: "{version}"
-  length: {length}
+metadata: {metadata}
 """
 SCORE = '''\
 """What lm_eval calls to score an answer."""
@@ -79,10 +77,13 @@ def write_tasks(folder: Path, tokenizer: Tokenizer, config: RulerEvaluation, len
                 say(f"ruler {task} length {length} left out: {error}")
                 continue
             name = f"infinicontext_{task}_{length}"
-            rows = [sample._asdict() | {"task": task} for sample in samples]
+            rows = [sample._asdict() | {"task": task, "depths": depths(sample), "version": VERSION} for sample in samples]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
             file = json.dumps(str((folder / f"{name}.jsonl").resolve()))
-            text = YAML.format(name=name, file=file, tokens=TEXTS[type(TASKS[task])].tokens, version=VERSION, length=length)
+            made = {"version": VERSION, "length": length, "corpora": loaded.ids, "not_comparable": config.deviations(loaded.ids)}
+            made |= {field: getattr(config, field) for field in ("seed", "chat", "splitter", "singular", "example_budget")}
+            tokens = TEXTS[type(TASKS[task])].tokens
+            text = YAML.format(name=name, file=file, tokens=tokens, metadata=json.dumps(made))
             (folder / f"{name}.yaml").write_text(text, "utf-8")
             names.append(name)
     if not names:
