@@ -54,7 +54,7 @@ def megalodon() -> Experiment:
 
 def infini() -> Experiment:
     """Infini-attention in segments of 64."""
-    return _experiment("infini", InfiniConfig(**SIZE, segment=64))
+    return _experiment("infini", InfiniConfig(**(SIZE | {"heads": 2}), segment=64))
 
 
 def fam() -> Experiment:
