@@ -80,9 +80,9 @@ def _experiment(name: str, model: ModelConfig) -> Experiment:
         objective=NextToken(loss="answers", context_weight=0.2),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.05),
         evaluation=Evaluation(
-            tasks=("documents",), lengths=(512,), capacity=4096, documents=Documents((5, 10, 20, 40)), asking=Asking(samples=40)
+            tasks=("documents",), lengths=(512,), capacity=4096, documents=Documents((5, 10, 20, 40)), asking=Asking(samples=20)
         ),
-        steps=600,
+        steps=400,
         batch_size=24,
         validation_every=100,
         checkpoint_every=100,
