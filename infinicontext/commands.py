@@ -23,7 +23,6 @@ from infinicontext.evaluation.suites import suite
 from infinicontext.evaluation.training_questions import write_questions
 from infinicontext.experiment import Experiment, differences
 from infinicontext.experiment_file import load, one_experiment, override
-from infinicontext.files import read_json
 from infinicontext.inference import memory
 from infinicontext.inference.generate import Generation, stream
 from infinicontext.inference.norm_refresh import check_refresh, reader
@@ -66,11 +65,6 @@ def run_eval(options: argparse.Namespace) -> None:
         raise UserError(f"eval can change fields of evaluation, mesh and model only, not {other[0]}")
     if changed and options.output is None:
         raise UserError(f"eval with another model ({changed[0]}) needs --output FILE, to keep it apart from the run's own results")
-    held = read_json(folder / "eval.json").get("step") if (folder / "eval.json").is_file() else None
-    if options.step is not None and options.output is None and held not in (None, options.step):
-        raise UserError(
-            f"--step is {options.step}, but {folder / 'eval.json'} holds the results of step {held}; give --output FILE to keep both"
-        )
     for evaluation in suite(options.suite, experiment) if options.suite else ():
         part = dataclasses.replace(experiment, evaluation=evaluation)
         evaluate_run(part, folder, options.output or folder / "eval.json", options.step)

@@ -50,7 +50,10 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
     say = lambda line: print(f"{experiment.name} {line}", file=sys.stderr, flush=True)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        step, model = restore(folder, experiment.model, mesh, step)
+        asked, (step, model) = step, restore(folder, experiment.model, mesh, step)
+        before = _read(output)
+        if asked is not None and output == folder / "eval.json" and before.get("step", step) != step:
+            raise UserError(f"--step is {step}, but {output} holds the results of step {before['step']}; give --output FILE to keep both")
         whole, lengths = merged(model), experiment.evaluation.lengths
         record = {
             "run": experiment.name,
@@ -61,7 +64,6 @@ def evaluate_run(experiment: Experiment, folder: pathlib.Path, output: pathlib.P
             "tokenizer_fingerprint": tokenizer.fingerprint() if (tokenizer := tokenizer_of(experiment.data)) else "",
             "parameters_fingerprint": parameters_fingerprint(model),
         }
-        before = _read(output)
         if any(before.get(key, value) != value for key, value in record.items()):
             before = {}
         record["state_bytes"] = before.get("state_bytes", {}) | {str(length): abstract_state_bytes(whole, length) for length in lengths}
