@@ -166,8 +166,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         run("eval", "run", "--tasks", "passkey")
     before = (tmp_path / "run" / "eval.json").read_bytes()
     with pytest.raises(SystemExit):
-        run("eval", "run", "--step", "10")
-    assert "--step is 10, but run/eval.json holds the results of step 30; give --output FILE" in capsys.readouterr().err
+        run("eval", "run", "--step", "20")
+    assert "--step is 20, but run/eval.json holds the results of step 30; give --output FILE" in capsys.readouterr().err
     assert (tmp_path / "run" / "eval.json").read_bytes() == before
 
 
