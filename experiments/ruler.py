@@ -10,25 +10,42 @@ r"""RULER for small models: each architecture learns the thirteen tasks at 2,048
 What a length does not hold with bytes for tokens is left out of both (the questions take more than 2,048). Meant for an accelerator, and
 not run yet.
 
-What a laptop's CPU can pay is one task, by smaller models with a tokenizer of 2,048 pieces, which is trained on the tasks' own texts:
-learnt at 384 and 512 tokens, asked at up to 8,192.
+What a laptop's CPU can pay are small models (0.4 million parameters) with a tokenizer of 2,048 pieces, which is trained on the tasks' own
+texts. They begin with lessons, passkeys of 90 to 190 tokens whose number is said twice, and go on with three tasks at 384 tokens and all
+that fit 1,024; they are asked all thirteen at 512 to 32,768, which is half of the longest training length to 32 times that.
 
-    E=experiments/ruler.py
+    E=experiments/ruler.py Q=runs/ruler/questions
+    T="niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue niah_multiquery"
     infinicontext training-questions $E:full runs/ruler/texts.jsonl --lengths 8k --samples 40 \
-        --tasks niah_single_1 niah_multikey_2 fwe
+        --tasks niah_single_1 niah_multikey_2 niah_multikey_3 niah_multivalue vt cwe fwe --evaluation.ruler.example-budget 2000
     python $E tokenizer
-    infinicontext training-questions $E:small_full runs/ruler/small.jsonl --lengths 384 512 --samples 4000 --tasks niah_single_1
+    infinicontext training-questions $E:small_full $Q/lessons.jsonl --lengths 16 32 64 128 --samples 3000 --tasks passkey_landmark
+    infinicontext training-questions $E:small_full $Q/short.jsonl --lengths 384 --samples 4000 --tasks niah_single_1 niah_multikey_2 fwe
+    infinicontext training-questions $E:small_full $Q/long.jsonl --lengths 1024 --samples 125 --tasks $T vt cwe fwe qa_1 qa_2
+    infinicontext sweep $E:lessons --workdir runs/ruler/lessons
     infinicontext sweep $E:small --workdir runs/ruler/small
     infinicontext compare runs/ruler/small/* --output report/
 
-Measured on 2 CPU cores (jax 0.10.2, float32), one seed, 20 samples, teacher-forced; exact answers (tokens) in %:
+Measured on 2 CPU cores (jax 0.10.2, float32), 8 to 15 minutes for each model beside other work, one seed; essays, SQuAD and HotpotQA were
+substitutes (the reference texts of the tests), so that nothing here can be compared with published scores. Recall of the references in %,
+10 samples, decoded as the benchmark decodes; in parentheses the right tokens in % of 20 samples, teacher-forced:
 
-                                512         1,024       2,048       4,096       8,192
-    small_full, niah_single_1   80 (98)     5 (74)      0 (53)      0 (34)      0 (23)
+                       niah_single_1                          niah_single_2          niah_multikey_2
+                       512        1,024      2,048            1,024      2,048       512
+    small_full         80 (94)    40 (77)    10 (43)          70 (88)    0 (52)      0 (46)
+    small_window       10 (53)    20 (41)    0 (24)           0 (53)     0 (26)      0 (31)
+    small_megalodon    0          0          0                0          0           0        (not teacher-forced)
+    small_infini       0 (43)     0 (28)     0 (29)           0 (25)     0 (20)      0 (19)
+    small_fam          0 (36)     0 (35)     0 (30)           0 (28)     0 (28)      0 (21)
 
-- Full attention needs about 400 steps to notice that numbers are to be copied (validation loss 1.95 after 200, 1.19 after 500, 0.15 after
-  1,200), 20 minutes beside another run; then it knows its own lengths and little beyond them.
-- The others were not run. With niah_multikey_2 and fwe beside it nothing is learnt in 300 steps (0% everywhere).
+- Everything else is 0 for every model at every length, but for qa (0 to 30% by yes, no and single letters, as the answers to other
+  questions score). Three tasks fit 512 tokens, nine 1,024 and all thirteen 2,048; full attention was not asked beyond 8,192.
+- Full attention finds a number in noise and in an essay where it was trained on the length, and no further. A window of 128 finds the
+  nearest ones. No memory holds a number here: experiments/passkey.py has what that takes, an hour for each instead of ten minutes.
+- Lessons are what it takes in this time: without them full attention's loss stood where it is for digits at random after 250 steps of
+  12,800 tokens. Loss after the lessons: full 0.45, window 0.42, MEGALODON 0.97, Infini-attention 1.14, FAM 1.27.
+- Which of several keys is asked for, none has learnt (multikey); nor vt, cwe and fwe.
+- small_bswa was not run.
 """
 
 import dataclasses

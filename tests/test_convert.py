@@ -142,6 +142,7 @@ def test_training_starts_from_pretrained_weights(folder, run, tmp_path, capsys):
     main(["generate", "the key is", "--model", str(tmp_path / "window"), "--max-new-tokens", "5"])
     main(["eval", str(tmp_path / "window")])
     assert json.loads((tmp_path / "window" / "eval.json").read_text())["tasks"]["perplexity"]
+    capsys.readouterr()
 
     other = ("--model.feed-forward", "32", "--workdir", str(tmp_path / "other"))
     assert "model.feed_forward_size 32, it has 24" in fails(capsys, "train", reference, *other)
