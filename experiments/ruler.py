@@ -11,7 +11,7 @@ What a length does not hold with bytes for tokens is left out of both (the quest
 not run yet.
 
 What a laptop's CPU can pay are small models (0.4 million parameters) with a tokenizer of 2,048 pieces, which is trained on the tasks' own
-texts. They begin with lessons, passkeys of 90 to 190 tokens whose number is said twice, and go on with three tasks at 384 tokens and all
+texts. They begin with lessons, passkeys of 110 to 230 tokens whose number is said twice, and go on with three tasks at 384 tokens and all
 that fit 1,024; they are asked all thirteen at 512 to 32,768, which is half of the longest training length to 32 times that.
 
     E=experiments/ruler.py Q=runs/ruler/questions
@@ -148,7 +148,7 @@ def small() -> list[Experiment]:
 
 
 def lessons() -> list[Experiment]:
-    """What the small ones begin with: passkeys of 90 to 190 tokens, whose numbers are said twice, by which copying is learnt."""
+    """What the small ones begin with: passkeys of 110 to 230 tokens, whose numbers are said twice, by which copying is learnt."""
     return [_lessons(experiment) for experiment in small()]
 
 

@@ -139,7 +139,8 @@ def tiny():
     model = TransformerConfig(vocab_size=32, dim=32, layers=2, heads=2, remat=False)
     evaluation = Evaluation(tasks=("recall",), lengths=(16, 64), capacity=32, recall=RecallEvaluation(samples=50))
     return Experiment("tiny", model, RecallData(vocab_size=32, length=16, pairs=(2,)), NextToken("answers"), steps=30, batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10), evaluation=evaluation, log_every=10, validation_every=30, checkpoint_every=10)
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10), evaluation=evaluation, log_every=10, validation_every=30,
+        checkpoint_every=10)
 """
 
 
