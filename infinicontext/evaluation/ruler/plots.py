@@ -52,7 +52,7 @@ def _by_length(runs: list[Run]) -> Plot | None:
         found = [entry["tasks"][task] for task in common]
         mean = sum(result["score"] for result in found) / len(found)
         half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in (result["interval"] for result in found))) / len(found)
-        return entry["length"], mean, mean - half, mean + half
+        return entry["length"], mean, max(mean - half, 0), min(mean + half, 100)
 
     lines = with_points((run, list(map(point, measured[run.name])) if common else []) for run in runs)
     if not lines:
