@@ -11,7 +11,20 @@ Small models (0.2 million parameters, whole words as tokens) are trained on ques
     infinicontext sweep $E:all --workdir runs/lost/runs
     infinicontext compare runs/lost/runs/* --output report/
 
-A document takes about 34 tokens.
+A document takes about 34 tokens. Answers are decoded and scored as in the paper.
+
+Measured on 2 CPU cores (jax 0.10.2, float32), full attention alone, one seed, 20 questions for each position; a run of 400 steps takes about
+5 minutes. Right answers in % by position (0 is the first document), with the gold document alone and with none:
+
+    documents    by position                        alone    none
+    5            0: 0   1: 5   2: 0   3: 0   4: 25     100      0
+    10           0: 5   4: 0   9: 10                    95      0
+    20           0: 0   4: 0   9: 0   14: 0   19: 20   100      0
+    40           0: 0   10: 0  20: 0  29: 0   39: 10   100      0
+
+- It has learnt to give the name that stands last, and not yet whose it is: who guesses one of the documents has 20, 10, 5 and 2.5%. So
+  there is no curve by position yet. Its validation loss still falls (1.69, 1.51, 1.27, 1.17 after each hundred steps).
+- The other architectures were not run.
 """
 
 import json
