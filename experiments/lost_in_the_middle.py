@@ -13,8 +13,8 @@ Small models (0.2 million parameters, whole words as tokens) are trained on ques
 
 A document takes about 34 tokens. Answers are decoded and scored as in the paper.
 
-Measured on 2 CPU cores (jax 0.10.2, float32), full attention alone, one seed, 20 questions for each position; a run of 400 steps takes about
-5 minutes. Right answers in % by position (0 is the first document), with the gold document alone and with none:
+Measured on 2 CPU cores (jax 0.10.2, float32), full attention alone, one seed, 20 questions for each position; a run of 400 steps takes
+about 5 minutes. Right answers in % by position (0 is the first document), with the gold document alone and with none:
 
     documents    by position                        alone    none
     5            0: 0   1: 5   2: 0   3: 0   4: 25     100      0
