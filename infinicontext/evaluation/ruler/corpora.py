@@ -209,7 +209,7 @@ def download(folder: str, say: Callable[[str], None]) -> None:
             temporary.write_bytes(data)
             temporary.replace(path)
         except (OSError, UnicodeError) as error:  # URLError is an OSError
-            raise UserError(f"{file.what}: {file.source} could not be fetched into {where}: {error}") from error
+            raise UserError(f"{file.what} could not be fetched into {where}: {error}") from error
         say(f"{path}: fetched, {len(data):,} bytes" + ("" if found == file.sha256 else other))
     try:
         sentence_splitter("punkt", where)
