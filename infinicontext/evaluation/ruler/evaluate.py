@@ -153,11 +153,7 @@ def evaluate_ruler(
             most = "" if ceiling is None else f", of {ceiling:.2f}% that fit the answer's tokens"
             guessed = "" if chance is None else f", another sample's answers {chance:.2f}%"
             say(f"ruler {task} length {length}: {scores[task]['score']:.2f}%{most}{guessed}, {len(samples)} samples")
-        by_depth += [
-            {"length": length, "depth": (tenth + 0.5) / 10, "score": 100 * float(np.mean(found)), "needles": len(found)}
-            for tenth in range(10)
-            if (found := [named for depth, named in needles if min(int(10 * depth), 9) == tenth])
-        ]
+        by_depth += [{"length": length} | entry for entry in _by_tenth(needles)]
         values = {task: entry["score"] for task, entry in scores.items()}
         means = category_means(values)
         entry = {"length": length, "tasks": scores, "categories": means}
@@ -227,3 +223,13 @@ def depths(sample: Sample) -> list[float]:
 def _needles(sample: Sample, answer: str) -> list[tuple[float, bool]]:
     """For each needle that is asked for, its depth and whether the answer names it."""
     return [(depth, value.lower() in cleaned(answer).lower()) for depth, value in zip(depths(sample), sample.outputs)]
+
+
+def _by_tenth(needles: list[tuple[float, bool]]) -> list[dict]:
+    """The share of needles that were named, in percent, by tenth of the prompt."""
+    tenths = [[named for depth, named in needles if min(int(10 * depth), 9) == tenth] for tenth in range(10)]
+    return [
+        {"depth": (tenth + 0.5) / 10, "score": 100 * float(np.mean(found)), "needles": len(found)}
+        for tenth, found in enumerate(tenths)
+        if found
+    ]
