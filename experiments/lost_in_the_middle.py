@@ -23,9 +23,9 @@ about 5 minutes. Right answers in % by position (0 is the first document), with 
     40           0: 0   10: 0  20: 0  29: 0   39: 10   100      0
 
 - It has learnt to give the name that stands last, and not yet whose it is: who guesses one of the documents has 20, 10, 5 and 2.5%.
-- 900 more steps, 13 minutes beside other work (train $E:full --start-from runs/lost/runs/full --steps 900 --workdir runs/lost/longer), bring
-  the validation loss from 1.17 to 0.97 and little else: 5 documents 0, 0, 0, 0, 20; 10, the most in training, 20, 5, 35; 20 0, 0, 0, 5, 20;
-  40 0, 0, 0, 0, 20. With ten the middle is lost, but by twenty questions each; elsewhere the last document alone is known.
+- 900 more steps, 13 minutes beside other work (train $E:full --start-from runs/lost/runs/full --steps 900 --workdir runs/lost/longer),
+  bring the validation loss from 1.17 to 0.97 and little else: 5 documents 0, 0, 0, 0, 20; 10, the most in training, 20, 5, 35; 20 0, 0, 0,
+  5, 20; 40 0, 0, 0, 0, 20. With ten the middle is lost, but by twenty questions each; elsewhere the last document alone is known.
 - The other architectures were not run.
 """
 
