@@ -19,8 +19,9 @@ from tokenizers.trainers import BpeTrainer
 
 from infinicontext import cli, models
 from infinicontext.data.instructions import InstructionData, load_conversations
+from infinicontext.data.pipeline import CorpusData
 from infinicontext.data.recall import RecallData
-from infinicontext.data.tokenizers import ByteTokenizer, JsonTokenizer
+from infinicontext.data.tokenizers import ByteTokenizer, JsonTokenizer, speaking
 from infinicontext.errors import UserError
 from infinicontext.evaluation.answers import Answer, Answers, Question
 from infinicontext.evaluation.babilong import BabiLong, background, correct, own_story, scattered, stories, texts
@@ -38,7 +39,8 @@ from infinicontext.evaluation.needle import MagicNumber, Needle, first_number
 from infinicontext.evaluation.passkey import PasskeyEvaluation
 from infinicontext.evaluation.passkey_texts import BeaconPasskey, LandmarkPasskey, landmark_prompt
 from infinicontext.evaluation.questions import Asking, ask, evaluate_questions, majority, with_start
-from infinicontext.evaluation.suite import Questions
+from infinicontext.evaluation.ruler.evaluate import RulerEvaluation
+from infinicontext.evaluation.suite import Evaluation, Questions, evaluate
 from infinicontext.evaluation.suites import SUITES, suite
 from infinicontext.evaluation.summarisation import SummarisationEvaluation, rouge_scorer
 from infinicontext.evaluation.topics import Topics
@@ -247,6 +249,22 @@ def evaluated(monkeypatch, kind, answer, lengths=(1024, 1500), samples=3):
     for size in kind.sizes(list(lengths)):
         asked |= {question.prompt_P.tobytes(): question for question in kind.questions(ByteTokenizer(), size, samples, 0)}
     return evaluate_questions(None, ByteTokenizer(), "task", kind, Asking(samples), list(lengths), limit=None, segment=64, seed=0)
+
+
+def test_questions_are_asked_as_the_model_speaks(monkeypatch):
+    """By the start and the ends of its own, whatever the data's tokenizer has."""
+    asked = []
+    answer = lambda model, rows, options: asked.append((rows, options.stop)) or [Completion(np.zeros(0, np.int32), "stop")] * len(rows)
+    monkeypatch.setattr("infinicontext.evaluation.questions.generate", answer)
+    ruler = RulerEvaluation(("niah_single_1",), samples=1)
+    evaluation = Evaluation(("key_value", "ruler"), (2048,), key_value=KeyValue((2,)), ruler=ruler, asking=Asking(samples=1))
+    model = models.build(models.TransformerConfig(vocab_size=257, dim=16, layers=1, heads=2), nnx.Rngs(0))
+    how = {"validation": [], "validation_nll": 0.0, "say": lambda line: None}
+    for speaker, begins, stop in ((None, True, ((256,),)), (speaking(ByteTokenizer(), None, {7}), False, ((7,), (256,)))):
+        asked.clear()
+        assert set(dict(evaluate(model, evaluation, CorpusData(), speaker=speaker, **how))) == {"key_value", "ruler"}
+        assert {stops for _, stops in asked} == {stop}
+        assert {row[0] == 256 for rows, _ in asked for row in rows} == {begins}
 
 
 def test_majority():

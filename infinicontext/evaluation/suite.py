@@ -111,7 +111,17 @@ def corpora_of(evaluation: Evaluation, task: str) -> dict[str, str]:
                 found[name] = [path for path in paths if path.is_file()]
     else:
         return {}
-    return {name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() for name, paths in found.items() if paths}
+    return {name: _sha256(paths) for name, paths in found.items() if paths}
+
+
+def _sha256(paths: list[Path]) -> str:
+    """Of files one after another, which may be more than memory holds."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def state_grows(model: Model) -> bool:

@@ -18,7 +18,7 @@ from infinicontext.evaluation.suite import Evaluation, Questions
 
 ALLOWED = (*get_args(Questions), *TASKS)
 OFFICIAL_SAMPLES = 500  # of each of RULER's tasks
-OF_A_SEED = 20
+OF_A_SEED = 20  # samples that one seed of RULER's generators makes
 SEEDS = 10**6  # of RULER's generators to each seed of training questions
 SUITE_SEEDS = (42, 123)  # of the papers' settings (evaluation/suites.py)
 
